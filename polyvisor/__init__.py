@@ -1,0 +1,3 @@
+"""Polyvisor: one virtual machine, any hypervisor."""
+
+__version__ = "0.1.0"

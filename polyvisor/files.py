@@ -1,0 +1,76 @@
+"""Small file operations that must not leave halves: atomic writes, synced directories, locks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from polyvisor.errors import NotPermitted, PolyvisorError, StorageFull
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Translate the operating system's storage errors that happen while doing `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise translated(error, what) from error
+
+
+def translated(error: OSError, what: str) -> PolyvisorError:
+    """The Polyvisor error that says what the operating system's `error` means for `what`."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(f"{what}: the disk is full{where}", hint="free some space: polyvisor image ls; polyvisor ls")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return NotPermitted(f"{what}: {error.strerror}{where}", hint="check who owns it, or set POLYVISOR_HOME")
+    return PolyvisorError(f"{what}: {error.strerror or error}{where}")
+
+
+def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises OSError.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def is_flocked(path: Path) -> bool:
+    """Whether some process holds an exclusive flock(2) on `path`; a missing file is not locked."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)

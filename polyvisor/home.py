@@ -1,0 +1,75 @@
+"""Where Polyvisor keeps things on one machine.
+
+    <home>/vms/<name>/       a VM: its record, launch record, lock, sockets, logs, disks
+    <home>/images/           the image store
+    <home>/keys/             the SSH key pair that Polyvisor logs in to guests with
+    <home>/locks/            one lock file per VM name
+    <home>/cache/            downloads and probe results; may be deleted at any time
+
+The home is $POLYVISOR_HOME; without it /var/lib/polyvisor for root and $XDG_DATA_HOME/polyvisor
+(~/.local/share/polyvisor) for others.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyvisor.files import storage_errors
+
+
+@dataclass(frozen=True)
+class Home:
+    """The directories of one Polyvisor home; none needs to exist before `prepare`."""
+
+    path: Path
+
+    @property
+    def vms(self) -> Path:
+        return self.path / "vms"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def keys(self) -> Path:
+        return self.path / "keys"
+
+    @property
+    def locks(self) -> Path:
+        return self.path / "locks"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+    def prepare(self) -> None:
+        """Make the directories that are missing; raises NotPermitted or StorageFull.
+
+        For root the way to VMs and images can be traversed (not listed) by others: each QEMU runs as a user of its own.
+        """
+        mode = 0o711 if os.geteuid() == 0 else 0o700
+        with storage_errors(f"preparing {self.path}"):
+            for directory, bits in (
+                (self.path, mode),
+                (self.vms, mode),
+                (self.images, mode),
+                (self.keys, 0o700),
+                (self.locks, 0o700),
+                (self.cache, 0o700),
+            ):
+                if not directory.is_dir():
+                    directory.mkdir(parents=True, exist_ok=True)
+                    directory.chmod(bits)
+
+
+def default_home() -> Home:
+    """The home that the environment asks for."""
+    if path := os.environ.get("POLYVISOR_HOME"):
+        return Home(Path(path).absolute())
+    if os.geteuid() == 0:
+        return Home(Path("/var/lib/polyvisor"))
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Home(Path(data) / "polyvisor")

@@ -1,0 +1,81 @@
+"""What an image is: files that never change, and a manifest that says how a VM boots from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+FORMAT = 1
+
+
+class Seed(StrEnum):
+    """How a VM's host name, SSH keys and user data reach the guest.
+
+    `INITRD`: a small cpio archive appended to the image's initrd (see `seed.initrd`). `NOCLOUD`: a disk labelled CIDATA
+    that cloud-init reads. `NONE`: the image takes none.
+    """
+
+    INITRD = "initrd"
+    NOCLOUD = "nocloud"
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """A file of an image, by its name in the image's directory; `size` in bytes."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An image in the store.
+
+    `id` is derived from the content of the files. `disk` (always qcow2, `disk_size_mib` as the guest sees it)
+    boots by the listed `firmware`; `kernel` and `initrd` with `cmdline` boot directly. `user` is whom to log in as over SSH.
+    `memory_mib` is what a VM gets that does not ask for an amount.
+    """
+
+    id: str
+    name: str
+    created_at: float
+    source: str
+    os: str | None = None
+    architecture: str = "x86_64"
+    disk: ImageFile | None = None
+    disk_size_mib: int | None = None
+    kernel: ImageFile | None = None
+    initrd: ImageFile | None = None
+    cmdline: str = ""
+    firmware: tuple[str, ...] = ()
+    seed: Seed = Seed.NONE
+    user: str | None = None
+    memory_mib: int = 512
+
+    @property
+    def files(self) -> tuple[ImageFile, ...]:
+        return tuple(file for file in (self.disk, self.kernel, self.initrd) if file is not None)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the image occupies."""
+        return sum(file.size for file in self.files)
+
+
+def image_to_json(image: Image) -> str:
+    return json.dumps({"format": FORMAT, **asdict(image)}, indent=2) + "\n"
+
+
+def image_from_json(text: str | bytes) -> Image:
+    """The image of a manifest that `image_to_json` wrote; raises ValueError, TypeError or KeyError for others."""
+    raw: dict[str, Any] = json.loads(text)
+    if (version := raw.pop("format")) != FORMAT:
+        raise ValueError(f"manifest format {version} is not {FORMAT}")
+    for key in ("disk", "kernel", "initrd"):
+        if raw[key] is not None:
+            raw[key] = ImageFile(**raw[key])
+    return Image(**{**raw, "seed": Seed(raw["seed"]), "firmware": tuple(raw["firmware"])})

@@ -1,0 +1,116 @@
+"""The one place that starts programs.
+
+`run` is for tools that end (qemu-img, ssh-keygen, mmdebstrap): it waits, and turns a failure into a `ProcessFailed`
+that carries the command and its stderr. `spawn_detached` is for hypervisors: they outlive the command that starts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from polyvisor.errors import ProcessFailed, TimedOut, Unavailable
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a program that succeeded wrote."""
+
+    stdout: str
+    stderr: str
+
+
+def find_program(name: str, *, package: str, also: Sequence[str] = ("/usr/sbin", "/sbin")) -> str:
+    """The path of program `name`, from PATH or `also`; raises Unavailable with the package to install."""
+    path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(also))
+    if path is None:
+        raise Unavailable(f"the program '{name}' is not installed", hint=f"install it: {install_command(package)}")
+    return path
+
+
+def install_command(package: str) -> str:
+    """The command that installs Debian package `package`, fit for the person who reads it."""
+    return f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {package}"
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: bytes | None = None,
+    timeout_s: float | None = None,
+    check: bool = True,
+) -> Completed:
+    """Run `argv` to its end in the C locale.
+
+    Raises ProcessFailed where it fails (unless `check` is false) or is not there, TimedOut after `timeout_s` seconds.
+    Whoever cancels the caller ends the program too.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            cwd=cwd,
+            env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ProcessFailed(argv, 127, str(error)) from error
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await process.communicate(stdin)
+    except TimeoutError as error:
+        raise TimedOut(f"{argv[0]} did not end within {timeout_s} s") from error
+    finally:
+        await _end(process)
+    completed = Completed(out.decode(errors="replace"), err.decode(errors="replace"))
+    if check and process.returncode:
+        raise ProcessFailed(argv, process.returncode, completed.stderr or completed.stdout)
+    return completed
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a program, and whatever it started, that is still there."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        await process.wait()
+
+
+def spawn_detached(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    output: IO[bytes],
+    inherit: Sequence[int] = (),
+    user: int | None = None,
+    groups: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start `argv` in a session of its own, to live on after this process.
+
+    Its stdout and stderr go to `output`; file descriptors in `inherit` stay open in it. With `user`, it runs as that
+    numeric user and group, with the supplementary `groups` alone (the caller must be root).
+    """
+    return subprocess.Popen(
+        argv,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        pass_fds=inherit,
+        user=user,
+        group=user,
+        extra_groups=groups if user is not None else None,
+        umask=0o077,
+    )

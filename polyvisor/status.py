@@ -1,0 +1,135 @@
+"""What is: the observed state of VMs and hosts.
+
+Nothing here is ever stored. Each value is made by looking, and is as old as the look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class VMState(StrEnum):
+    """State of a VM as observed on its host."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+    UNRESPONSIVE = "unresponsive"
+
+    @property
+    def alive(self) -> bool:
+        """True where the VM occupies memory: it runs, is paused, or does not answer."""
+        return self in (VMState.RUNNING, VMState.PAUSED, VMState.UNRESPONSIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """A port of the host that leads to a port of the guest."""
+
+    host_port: int
+    guest_port: int
+    host_address: str = "127.0.0.1"
+    protocol: str = "tcp"
+
+    def __str__(self) -> str:
+        suffix = "" if self.protocol == "tcp" else f"/{self.protocol}"
+        return f"{self.host_address}:{self.host_port}→{self.guest_port}{suffix}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VMStatus:
+    """One VM as it is now.
+
+    `reason` says why a VM crashed or does not answer. `hypervisor` and `mode` are what it runs on, or, where it is
+    not running, what it last ran on; None before its first start. `created_at` and `started_at` are in seconds since
+    the epoch.
+    """
+
+    name: str
+    id: str
+    state: VMState
+    reason: str | None = None
+    image: str | None = None
+    hypervisor: str | None = None
+    mode: str | None = None
+    vcpus: int
+    memory_mib: int
+    pid: int | None = None
+    created_at: float
+    started_at: float | None = None
+    forwards: tuple[Forward, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def running(self) -> bool:
+        return self.state is VMState.RUNNING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """A way to run guests on this host, and whether it works here; `reason` says why or why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a driver can do on this host.
+
+    `missing` maps each verb or feature that it can't do to a reason that a user understands.
+    """
+
+    driver: str
+    version: str | None
+    accelerators: tuple[Accelerator, ...]
+    modes: tuple[str, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostStatus:
+    """The machine that VMs run on. Memory and storage are in MiB; None where it can't be told."""
+
+    name: str
+    kernel: str
+    architecture: str
+    cpus: int
+    cpu_model: str
+    memory_mib: int
+    memory_free_mib: int
+    home: str
+    storage_free_mib: int | None
+    hypervisor: str | None
+    hypervisor_reason: str
+    capabilities: tuple[Capabilities, ...]
+    vms_by_state: dict[str, int]
+
+
+class CheckResult(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of `polyvisor doctor`; `remedy` is the exact command that mends it, where there is one."""
+
+    name: str
+    result: CheckResult
+    detail: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A change of a VM, observed at `at` (seconds since the epoch)."""
+
+    at: float
+    vm: str
+    event: str
+    detail: str | None = None
