@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -48,8 +48,9 @@ async def run(
     stdin: bytes | None = None,
     timeout_s: float | None = None,
     check: bool = True,
+    on_output: Callable[[bytes], None] | None = None,
 ) -> Completed:
-    """Run `argv` to its end in the C locale.
+    """Run `argv` to its end in the C locale; `on_output` gets each piece of its stdout as it is written.
 
     Raises ProcessFailed where it fails (unless `check` is false) or is not there, TimedOut after `timeout_s` seconds.
     Whoever cancels the caller ends the program too.
@@ -68,7 +69,7 @@ async def run(
         raise ProcessFailed(argv, 127, str(error)) from error
     try:
         async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate(stdin)
+            out, err = await (process.communicate(stdin) if on_output is None else _watch(process, on_output))
     except TimeoutError as error:
         raise TimedOut(f"{argv[0]} did not end within {timeout_s} s") from error
     finally:
@@ -77,6 +78,27 @@ async def run(
     if check and process.returncode:
         raise ProcessFailed(argv, process.returncode, completed.stderr or completed.stdout)
     return completed
+
+
+async def _watch(process: asyncio.subprocess.Process, on_output: Callable[[bytes], None]) -> tuple[bytes, bytes]:
+    """Hand what `process` writes to `on_output` until it ends; returns nothing of it, and the end of its stderr."""
+    assert process.stdout is not None and process.stderr is not None  # noqa: S101 (both are pipes)
+    errors = asyncio.ensure_future(_tail(process.stderr))
+    try:
+        while piece := await process.stdout.read(4096):
+            on_output(piece)
+        await process.wait()
+        return b"", await errors
+    finally:
+        errors.cancel()
+
+
+async def _tail(stream: asyncio.StreamReader, limit: int = 64 << 10) -> bytes:
+    """The last `limit` bytes of a stream, so that no program can fill the memory."""
+    kept = b""
+    while piece := await stream.read(limit):
+        kept = (kept + piece)[-limit:]
+    return kept
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from polyvisor.spec.forward import Forward
+
 
 class VMState(StrEnum):
     """State of a VM as observed on its host."""
@@ -22,20 +24,6 @@ class VMState(StrEnum):
     def alive(self) -> bool:
         """True where the VM occupies memory: it runs, is paused, or does not answer."""
         return self in (VMState.RUNNING, VMState.PAUSED, VMState.UNRESPONSIVE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """A port of the host that leads to a port of the guest."""
-
-    host_port: int
-    guest_port: int
-    host_address: str = "127.0.0.1"
-    protocol: str = "tcp"
-
-    def __str__(self) -> str:
-        suffix = "" if self.protocol == "tcp" else f"/{self.protocol}"
-        return f"{self.host_address}:{self.host_port}→{self.guest_port}{suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,64 @@
+"""Shell completion, by argcomplete: verbs, flags, and the names of VMs and images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from polyvisor.cli.context import Context
+from polyvisor.home import default_home
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS)
+    parser.set_defaults(action=_completion)
+
+
+def _completion(context: Context, options: argparse.Namespace) -> int:
+    from argcomplete.shell_integration import shellcode
+
+    print(shellcode(["polyvisor"], shell=options.shell))
+    return 0
+
+
+def complete() -> None:
+    """Answer the shell, which has called `polyvisor` to ask for completions, and exit."""
+    import argcomplete
+
+    from polyvisor.cli.main import build_parser
+
+    parser = build_parser()
+    for action in _actions(parser):
+        if action.dest in ("name", "names") and action.metavar in ("NAME", "IMAGE"):
+            action.completer = _images if action.metavar == "IMAGE" else _vms  # type: ignore[attr-defined]
+        elif action.dest == "image":
+            action.completer = _images  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)
+
+
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """All the arguments of a parser and of those below it."""
+    found: list[argparse.Action] = []
+    for action in parser._actions:
+        found.append(action)
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                found += _actions(sub)
+    return found
+
+
+def _vms(**_: Any) -> list[str]:
+    from polyvisor.host.store import VMStore
+
+    return VMStore(default_home()).names()
+
+
+def _images(**_: Any) -> list[str]:
+    from polyvisor.host.images import BUILDABLE
+    from polyvisor.images import catalogue
+    from polyvisor.images.store import ImageStore
+
+    home = default_home()
+    return [*ImageStore(home.images).names(), *BUILDABLE, *(entry.name for entry in catalogue.entries(home.path))]

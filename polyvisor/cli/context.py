@@ -1,0 +1,89 @@
+"""What every verb of the command line shares: the host, the form of output, progress, and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from polyvisor.errors import PolyvisorError, ProcessFailed
+
+if TYPE_CHECKING:
+    from polyvisor.cli.progress import Display
+    from polyvisor.host.host import Host
+
+T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """How the verb was called."""
+
+    debug: bool = False
+    json: bool = False
+
+    @cached_property
+    def host(self) -> Host:
+        from polyvisor.host.host import Host
+
+        return Host()
+
+    @cached_property
+    def progress(self) -> Display:
+        """The progress callback: a bar on a terminal, some lines elsewhere."""
+        from polyvisor.cli.progress import Display
+
+        return Display(quiet=self.json)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run the verb's coroutine to its end; the progress bar is gone by then."""
+        import asyncio
+
+        try:
+            return asyncio.run(work)
+        finally:
+            if "progress" in self.__dict__:
+                self.progress.close()
+
+    def say(self, text: str) -> None:
+        """A line for a person; not with --json."""
+        if not self.json:
+            print(text)
+
+    def note(self, text: str) -> None:
+        """A line for a person beside the output proper."""
+        if not self.json:
+            print(text, file=sys.stderr)
+
+    def print_json(self, value: object) -> None:
+        print(to_json(value))
+
+
+def to_json(value: object, *, indent: int | None = 2) -> str:
+    """`value`, of dataclasses, enums and plain data, as JSON."""
+    import dataclasses
+    import json
+
+    def plain(item: object) -> object:
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            return dataclasses.asdict(item)
+        return str(item)
+
+    return json.dumps(value, default=plain, indent=indent, ensure_ascii=False)
+
+
+def report(error: PolyvisorError, context: Context) -> None:
+    """Say on stderr what failed and what to do about it: one line, and the trace with --debug."""
+    if context.debug:
+        import traceback
+
+        traceback.print_exception(error)
+        if isinstance(error, ProcessFailed):
+            print(f"command: {error.command()}\n{error.stderr.rstrip()}", file=sys.stderr)
+    if context.json:
+        print(to_json({"error": error.to_dict()}, indent=None), file=sys.stderr)
+        return
+    hint = f" ({error.hint})" if error.hint else ""
+    print(f"polyvisor: {' '.join(error.message.split())}{hint}", file=sys.stderr)

@@ -1,0 +1,152 @@
+"""`ls`, `show` and `events`: looking at VMs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from polyvisor.cli.context import Context, to_json
+from polyvisor.cli.table import age, memory, pairs, table
+from polyvisor.host.api import Details
+from polyvisor.spec.vm import Nic
+from polyvisor.status import VMState, VMStatus
+
+WAIT_S = 180.0
+
+
+def wait_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of verbs that may wait for the guest."""
+    parser.add_argument("-w", "--wait", action="store_true", help="return when the guest's SSH server answers")
+    parser.add_argument(
+        "--timeout", type=float, default=WAIT_S, metavar="SECONDS", help="how long to wait (default: %(default).0f)"
+    )
+
+
+def add_ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these VMs")
+    parser.add_argument(
+        "-l", "--label", action="append", default=[], metavar="KEY[=VALUE]", help="only VMs with this label"
+    )
+    parser.add_argument("--state", choices=[state.value for state in VMState], help="only VMs in this state")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print names alone")
+    parser.set_defaults(action=_ls)
+
+
+def add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+    parser.set_defaults(action=_show)
+
+
+def add_events(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these VMs")
+    parser.set_defaults(action=_events)
+
+
+def _ls(context: Context, options: argparse.Namespace) -> int:
+    statuses = [s for s in context.run(context.host.vms()) if _wanted(s, options)]
+    for name in options.names:
+        context.host.store.get(name)
+    if context.json:
+        context.print_json(statuses)
+    elif options.quiet:
+        for status in statuses:
+            print(status.name)
+    elif statuses:
+        print(
+            table(
+                ("NAME", "STATE", "IMAGE", "ON", "VCPUS", "MEMORY", "SSH", "UP", "REASON"), [_row(s) for s in statuses]
+            )
+        )
+    else:
+        context.note("no VMs here; begin with: polyvisor run tiny")
+    return 0
+
+
+def _wanted(status: VMStatus, options: argparse.Namespace) -> bool:
+    if options.names and status.name not in options.names:
+        return False
+    if options.state and status.state != options.state:
+        return False
+    for label in options.label:
+        key, equals, value = label.partition("=")
+        if key not in status.labels or (equals and status.labels[key] != value):
+            return False
+    return True
+
+
+def _row(status: VMStatus) -> tuple[str, ...]:
+    on = f"{status.hypervisor}/{status.mode}" if status.hypervisor else ""
+    port = next((f"{f.host_address}:{f.host_port}" for f in status.forwards if f.guest_port == 22), "")
+    up = age(status.started_at) if status.state.alive else ""
+    amount = memory(status.memory_mib) if status.memory_mib else ""
+    cpus = str(status.vcpus or "")
+    return (status.name, status.state.value, status.image or "", on, cpus, amount, port, up, status.reason or "")
+
+
+def describe(status: VMStatus) -> str:
+    """One VM in one line."""
+    on = f" on {status.hypervisor} ({status.mode})" if status.hypervisor and status.state.alive else ""
+    reason = f": {status.reason}" if status.reason else ""
+    return f"{status.name} is {status.state.value}{on}{reason}"
+
+
+def _show(context: Context, options: argparse.Namespace) -> int:
+    details = context.run(context.host.show(options.name))
+    if context.json:
+        context.print_json(details)
+    else:
+        print(pairs(_lines(details, debug=context.debug)))
+    return 0
+
+
+def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
+    status, spec = details.status, details.spec
+    lines = [
+        ("name", status.name),
+        ("id", status.id),
+        ("state", status.state.value + (f": {status.reason}" if status.reason else "")),
+        ("image", spec.image),
+        (
+            "on",
+            f"{status.hypervisor} ({status.mode}): {details.hypervisor_reason}"
+            if status.hypervisor
+            else "not started yet",
+        ),
+        ("vcpus", str(spec.vcpus)),
+        ("memory", memory(status.memory_mib)),
+        ("devices", spec.devices.value),
+        *(
+            (f"disk {i}", f"{disk.size_gib} GiB" if disk.size_gib else "as the image")
+            for i, disk in enumerate(spec.disks)
+        ),
+        *((f"nic {i}", f"{nic.network}, {mac}") for i, (nic, mac) in enumerate(_zip(details))),
+        (
+            "forwards",
+            "  ".join(map(str, status.forwards)) or ("  ".join(t for n in spec.nics for t in n.forwards) or "none"),
+        ),
+        ("labels", "  ".join(f"{k}={v}" for k, v in status.labels.items()) or "none"),
+        ("created", f"{age(status.created_at)} ago"),
+        ("up", age(status.started_at) or "-"),
+        ("pid", str(status.pid or "-")),
+        ("directory", details.directory),
+    ]
+    return [*lines, ("command", shlex.join(details.argv or ()))] if debug else lines
+
+
+def _zip(details: Details) -> list[tuple[Nic, str]]:
+    return list(zip(details.spec.nics, details.mac_addresses, strict=True))
+
+
+def _events(context: Context, options: argparse.Namespace) -> int:
+    import time
+
+    async def work() -> None:
+        async for event in context.host.events(options.names):
+            if context.json:
+                print(to_json(event, indent=None), flush=True)
+            else:
+                at = time.strftime("%H:%M:%S", time.localtime(event.at))
+                print(f"{at}  {event.vm}  {event.event}{f': {event.detail}' if event.detail else ''}", flush=True)
+
+    context.run(work())
+    return 0

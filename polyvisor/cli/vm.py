@@ -1,0 +1,119 @@
+"""`run`, `create` and `apply`: from flags or a file to VMs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from polyvisor.cli.context import Context
+from polyvisor.cli.lifecycle import show_command
+from polyvisor.cli.show import describe, wait_flags
+from polyvisor.cli.spec_flags import add_spec_flags, spec_from_flags
+from polyvisor.errors import InvalidInput, WrongState
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import VMStatus
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="image to run: tiny, debian-12, … (polyvisor image ls --all)")
+    add_spec_flags(parser)
+    wait_flags(parser)
+    parser.add_argument("--ssh", action="store_true", help="log in as soon as the guest answers")
+    parser.set_defaults(action=_run)
+
+
+def add_create(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="image of the VM: tiny, debian-12, … (polyvisor image ls --all)")
+    add_spec_flags(parser)
+    parser.set_defaults(action=_create)
+
+
+def add_apply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-f", "--file", required=True, help="spec file (YAML or JSON, one VM a document); - for standard input"
+    )
+    parser.add_argument("--no-start", action="store_true", help="create the VMs without starting them")
+    wait_flags(parser)
+    parser.set_defaults(action=_apply)
+
+
+def _run(context: Context, options: argparse.Namespace) -> int:
+    spec = spec_from_flags(options, options.name or _free_name(context, options.image))
+
+    async def work() -> VMStatus:
+        status = await context.host.run(spec, context.progress)
+        if options.wait or options.ssh:
+            await context.host.wait_for_ssh(spec.name, timeout_s=options.timeout, progress=context.progress)
+        return status
+
+    status = context.run(work())
+    show_command(context, spec.name)
+    if options.ssh:
+        from polyvisor.cli.ssh import log_in
+
+        return log_in(context, spec.name, [])
+    _announce(context, status)
+    return 0
+
+
+def _create(context: Context, options: argparse.Namespace) -> int:
+    spec = spec_from_flags(options, options.name or _free_name(context, options.image))
+    status = context.run(context.host.create(spec, context.progress))
+    _announce(context, status)
+    return 0
+
+
+def _apply(context: Context, options: argparse.Namespace) -> int:
+    specs = _read(options.file)
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidInput("name", name, "stands in two documents of the file", hint="give each VM its own name")
+
+    async def work() -> list[VMStatus]:
+        statuses = []
+        for spec in specs:
+            verb = context.host.create if options.no_start else context.host.run
+            statuses.append(await verb(spec, context.progress))
+        if options.wait:
+            for spec in specs:
+                await context.host.wait_for_ssh(spec.name, timeout_s=options.timeout, progress=context.progress)
+        return statuses
+
+    statuses = context.run(work())
+    if context.json:
+        context.print_json(statuses)
+    for status in statuses:
+        context.say(describe(status))
+    return 0
+
+
+def _read(name: str) -> list[VMSpec]:
+    from polyvisor.spec.load import MAX_FILE, load_specs, read_specs
+
+    if name != "-":
+        return read_specs(Path(name))
+    try:
+        return load_specs(sys.stdin.buffer.read(MAX_FILE + 1).decode(), "standard input")
+    except UnicodeDecodeError as error:
+        raise InvalidInput("file", "-", "is not text in UTF-8") from error
+
+
+def _free_name(context: Context, image: str) -> str:
+    """A name that no VM has: the image's and a number."""
+    taken = set(context.host.store.names())
+    base = "".join(c if c.isalnum() else "-" for c in image.lower()).strip("-")[:40] or "vm"
+    for number in range(1, 100_000):
+        if (name := f"{base}-{number}") not in taken:
+            return name
+    raise WrongState(f"there are too many VMs called {base}-…", hint="give a name: --name NAME")
+
+
+def _announce(context: Context, status: VMStatus) -> None:
+    if context.json:
+        context.print_json(status)
+        return
+    print(describe(status))
+    if status.state.alive:
+        print(f"log in: polyvisor ssh {status.name}    console: polyvisor console {status.name}")

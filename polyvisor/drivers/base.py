@@ -1,0 +1,119 @@
+"""What every driver does, on typed values.
+
+A driver turns a `Boot` (a spec with every choice made, and nothing of any hypervisor in it) into a running VM, and
+says how that VM is. It neither stores nor locks: `Host` does, and calls it with the VM's lock held wherever something changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from polyvisor.host.store import VMDirectory
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.vm import DeviceModel, Firmware, Mode, OnReboot
+from polyvisor.status import Capabilities, VMState
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootDisk:
+    """A disk as the driver attaches it; `backing` is the read-only qcow2 under the qcow2 `path`."""
+
+    path: Path
+    backing: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootNic:
+    """A network card; `network` as in the spec, `forwards` with every port chosen."""
+
+    mac: str
+    network: str
+    forwards: tuple[Forward, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boot:
+    """A VM ready to be started: the spec with every choice made.
+
+    Paths are absolute, or relative to the VM's directory. `seed` is a NoCloud disk. `uefi_vars` is the VM's own
+    copy of the firmware's variables.
+    """
+
+    name: str
+    id: str
+    vcpus: int
+    memory_mib: int
+    cpu: str
+    mode: Mode
+    devices: DeviceModel
+    firmware: Firmware
+    on_reboot: OnReboot
+    accelerator: str
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    disks: tuple[BootDisk, ...] = ()
+    nics: tuple[BootNic, ...] = ()
+    seed: Path | None = None
+    uefi_vars: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """How a driver starts a VM: the exact command and the hypervisor's version, for the launch record."""
+
+    argv: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """A VM as its driver sees it."""
+
+    state: VMState
+    reason: str | None = None
+    pid: int | None = None
+
+
+class Driver(Protocol):
+    """One way to run VMs on this host. Methods raise errors of `polyvisor.errors` alone."""
+
+    name: str
+
+    async def probe(self) -> Capabilities:
+        """What this driver can do here, proved rather than assumed."""
+
+    async def command(self, boot: Boot) -> Command:
+        """The exact command that starts `boot`; raises Unavailable, Unsupported."""
+
+    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> None:
+        """Run `command` in directory `vm`, as numeric `user` where the caller is root; raises CannotStart."""
+
+    async def inspect(self, vm: VMDirectory) -> Observed:
+        """How the VM is now. Needs no lock."""
+
+    async def shutdown(self, vm: VMDirectory) -> None:
+        """Ask the guest to shut down (the power button); returns at once."""
+
+    async def kill(self, vm: VMDirectory) -> None:
+        """End the VM now, and return when it has ended; a VM that is not alive is left as it is."""
+
+    async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
+        """Let the guest shut down, and boot again within the same VM; raises TimedOut."""
+
+    async def reset(self, vm: VMDirectory) -> None:
+        """Press the reset button."""
+
+    async def pause(self, vm: VMDirectory) -> None:
+        """Stop the guest's vCPUs; memory stays."""
+
+    async def resume(self, vm: VMDirectory) -> None:
+        """Let the guest's vCPUs go on."""
+
+    async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
+        """Open a port of the host to the guest while the VM runs; raises InvalidInput where it is taken."""
+
+    async def remove_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
+        """Close it again."""

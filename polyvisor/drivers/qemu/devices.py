@@ -1,0 +1,74 @@
+"""QEMU options for disks, network cards and displays, in both device models.
+
+Block nodes are named outright, with their drivers and the whole chain of backing files: QEMU never guesses a format and
+never follows a name that is written inside an image.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from polyvisor.drivers.base import BootDisk, BootNic
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.vm import DeviceModel
+
+# Places on the IDE controller of the machine `pc`; QEMU fills them in order.
+IDE_PLACES = 4
+
+
+def disk_argv(index: int, disk: BootDisk, devices: DeviceModel) -> list[str]:
+    """A qcow2 disk, with its backing file under it; the first one is booted from."""
+    node = f"disk{index}"
+    options: dict[str, Any] = {
+        "node-name": node,
+        "driver": "qcow2",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(disk.path), "discard": "unmap"},
+        "backing": _backing(disk.backing),
+    }
+    boot = ",bootindex=1" if index == 0 else ""
+    device = "ide-hd" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
+    return ["-blockdev", _json(options), "-device", f"{device},drive={node},id={node}-dev{boot}"]
+
+
+def seed_argv(seed: Path | None, devices: DeviceModel) -> list[str]:
+    """The NoCloud seed, as one more disk, read-only."""
+    if seed is None:
+        return []
+    file = {"driver": "file", "filename": str(seed), "read-only": True}
+    options = {"node-name": "seed", "driver": "raw", "read-only": True, "file": file}
+    device = "ide-cd" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
+    return ["-blockdev", _json(options), "-device", f"{device},drive=seed,id=seed-dev"]
+
+
+def nic_argv(index: int, nic: BootNic, devices: DeviceModel) -> list[str]:
+    """A network card. It carries no boot ROM: nothing boots from the network here, and loading one costs time."""
+    model = "e1000" if devices is DeviceModel.EMULATED else "virtio-net-pci"
+    device = f"{model},mac={nic.mac},id=nic{index}-dev,romfile="
+    if nic.network == "none":
+        return ["-device", device]
+    forwards = "".join(f",hostfwd={hostfwd(forward)}" for forward in nic.forwards)
+    return ["-netdev", f"user,id=nic{index}{forwards}", "-device", f"{device},netdev=nic{index}"]
+
+
+def display_argv(devices: DeviceModel) -> list[str]:
+    """No window; with emulated devices a VGA card, which some guests need to boot."""
+    return ["-display", "none", *(["-device", "VGA"] if devices is DeviceModel.EMULATED else [])]
+
+
+def hostfwd(forward: Forward) -> str:
+    """A port forward as slirp writes it: PROTOCOL:HOST_ADDRESS:HOST_PORT-GUEST_ADDRESS:GUEST_PORT."""
+    return f"{forward.protocol}:{forward.host_address}:{forward.host_port}-:{forward.guest_port}"
+
+
+def _backing(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    file = {"driver": "file", "filename": str(path), "read-only": True}
+    return {"driver": "qcow2", "read-only": True, "backing": None, "file": file}
+
+
+def _json(options: dict[str, Any]) -> str:
+    return json.dumps(options, separators=(",", ":"))

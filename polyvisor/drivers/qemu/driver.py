@@ -1,0 +1,330 @@
+"""The QEMU driver: guests under KVM or under TCG, each a QEMU process that outlives the command that started it.
+
+A VM is alive while its process holds the lock on the VM's `alive` file, which it has inherited; every later command finds
+the process again through the VM's directory and its QMP sockets. QEMU removes its pid file when it ends in good order, so
+a pid file without a process means a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from polyvisor.drivers.base import Boot, Command, Observed
+from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
+from polyvisor.drivers.qemu.devices import hostfwd
+from polyvisor.drivers.qemu.kvm import prove_kvm
+from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, connected
+from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, TimedOut, Unavailable, WrongState
+from polyvisor.files import storage_errors
+from polyvisor.host.record import boot_id
+from polyvisor.host.store import VMDirectory
+from polyvisor.process import spawn_detached
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.vm import Firmware
+from polyvisor.status import Accelerator, Capabilities, VMState
+
+START_S = 60.0
+ANSWER_S = 10.0
+OBSERVE_S = 3.0
+KILL_S = 10.0
+_POLL_S = 0.005
+_LOG_TAIL = 4096
+
+_STATES = {
+    "running": VMState.RUNNING,
+    "paused": VMState.PAUSED,
+    "prelaunch": VMState.PAUSED,
+    "suspended": VMState.PAUSED,
+    "io-error": VMState.PAUSED,
+    "shutdown": VMState.PAUSED,
+    "guest-panicked": VMState.CRASHED,
+    "internal-error": VMState.CRASHED,
+}
+_REASONS = {
+    "io-error": "a disk write failed; free space on the host, then: polyvisor resume",
+    "shutdown": "the guest has shut down; its process is about to end",
+    "suspended": "the guest has put itself to sleep",
+    "guest-panicked": "the guest's kernel has panicked",
+    "internal-error": "QEMU met an internal error",
+}
+
+
+class QemuDriver:
+    """QEMU with the accelerators kvm and tcg; `cache` is where probe results are kept."""
+
+    name = "qemu"
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._qemu: Qemu | None = None
+
+    async def qemu(self) -> Qemu:
+        """The QEMU of this host; raises Unavailable."""
+        if self._qemu is None:
+            self._qemu = await find_qemu(self._cache)
+        return self._qemu
+
+    async def probe(self) -> Capabilities:
+        """What QEMU can do here; where there is none, no accelerator is available, and the reason says so."""
+        try:
+            qemu = await self.qemu()
+        except Unavailable as error:
+            reason = f"{error.message}: {error.hint}"
+            absent = tuple(Accelerator(name=name, available=False, reason=reason) for name in ("kvm", "tcg"))
+            return Capabilities(
+                driver=self.name, version=None, accelerators=absent, modes=(), missing={"start": reason}
+            )
+        missing = {"pv": "paravirtualized guests need Xen"}
+        try:
+            find_uefi()
+        except Unavailable as error:
+            missing["uefi"] = f"{error.message}: {error.hint}"
+        return Capabilities(
+            driver=self.name,
+            version=qemu.version,
+            accelerators=(
+                prove_kvm(),
+                Accelerator(name="tcg", available=True, reason="emulation needs no hardware support"),
+            ),
+            modes=("pvh", "hvm"),
+            missing=missing,
+        )
+
+    async def command(self, boot: Boot) -> Command:
+        """The exact command that `start` runs; raises Unavailable."""
+        qemu = await self.qemu()
+        code = find_uefi()[0] if boot.firmware is Firmware.UEFI else None
+        return Command(argv=tuple(build_argv(qemu.binary, boot, code)), version=qemu.version)
+
+    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> None:
+        """Run `command` in directory `vm` and wait until QEMU answers; raises CannotStart.
+
+        As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
+        """
+        with storage_errors(f"starting VM '{vm.name}'"):
+            for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
+                (vm.path / leftover).unlink(missing_ok=True)
+            process = _spawn(vm, command.argv, user)
+        try:
+            async with connected(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None):
+                pass
+        except (QMPLost, TimedOut) as error:
+            _end(process)
+            raise CannotStart(_last_words(vm) or error.message, hint=_start_hint(vm)) from error
+        except BaseException:
+            _end(process)
+            raise
+
+    async def inspect(self, vm: VMDirectory) -> Observed:
+        """How the VM is now: by its lock whether it lives, by QMP whether it runs."""
+        if not vm.alive():
+            return _observe_dead(vm)
+        pid = _pid(vm)
+        try:
+            async with self._monitor(vm, OBSERVE_SOCKET, OBSERVE_S) as monitor:
+                run_state = await monitor.run_state()
+        except (QMPLost, TimedOut, OSError) as error:
+            if not vm.alive():
+                return _observe_dead(vm)
+            return Observed(state=VMState.UNRESPONSIVE, reason=str(error), pid=pid)
+        state = _STATES.get(run_state, VMState.UNRESPONSIVE)
+        return Observed(state=state, reason=_REASONS.get(run_state), pid=pid)
+
+    async def shutdown(self, vm: VMDirectory) -> None:
+        async with self._monitor(vm) as monitor:
+            await monitor.execute("system_powerdown")
+
+    async def kill(self, vm: VMDirectory) -> None:
+        """End QEMU: by QMP where it answers at once, otherwise by signal. Returns when it has ended."""
+        with contextlib.suppress(QMPLost, TimedOut, OSError):
+            async with self._monitor(vm, timeout_s=1.0) as monitor:
+                await monitor.execute("quit")
+        if await _ended(vm, 2.0):
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            await _signal(vm, number)
+            if await _ended(vm, KILL_S):
+                (vm.path / PID_FILE).unlink(missing_ok=True)
+                return
+        raise TimedOut(f"the process of VM '{vm.name}' does not end", hint="look for it with ps")
+
+    async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
+        """Press the power button, keep the process when the guest is down, and boot it again in there.
+
+        So consoles, port forwards and whoever watches stay connected.
+        """
+        async with self._monitor(vm) as monitor:
+            await monitor.execute("set-action", shutdown="pause")
+            try:
+                await monitor.execute("system_powerdown")
+                await _until(lambda: _is_down(monitor), timeout_s, f"the guest of VM '{vm.name}' did not shut down")
+                await monitor.execute("system_reset")
+                await monitor.execute("cont")
+            finally:
+                with contextlib.suppress(PolyvisorError):
+                    await monitor.execute("set-action", shutdown="poweroff")
+
+    async def reset(self, vm: VMDirectory) -> None:
+        async with self._monitor(vm) as monitor:
+            await monitor.execute("system_reset")
+
+    async def pause(self, vm: VMDirectory) -> None:
+        async with self._monitor(vm) as monitor:
+            await monitor.execute("stop")
+
+    async def resume(self, vm: VMDirectory) -> None:
+        async with self._monitor(vm) as monitor:
+            if await monitor.run_state() == "suspended":
+                await monitor.execute("system_wakeup")
+            await monitor.execute("cont")
+
+    async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
+        async with self._monitor(vm) as monitor:
+            if printed := await monitor.human(f"hostfwd_add nic{nic} {hostfwd(forward)}"):
+                raise InvalidInput(
+                    "forward", str(forward), f"QEMU refused it: {printed}", hint="choose another host port"
+                )
+
+    async def remove_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
+        place = hostfwd(forward).rpartition("-")[0]
+        async with self._monitor(vm) as monitor:
+            printed = await monitor.human(f"hostfwd_remove nic{nic} {place}")
+            if not printed.endswith("removed"):
+                raise WrongState(f"VM '{vm.name}': {printed or 'QEMU did not remove the forward'}")
+
+    @contextlib.asynccontextmanager
+    async def _monitor(
+        self, vm: VMDirectory, socket: str = QMP_SOCKET, timeout_s: float = ANSWER_S
+    ) -> AsyncIterator[Monitor]:
+        async with connected(vm.path / socket, timeout_s=timeout_s, gone=lambda: not vm.alive()) as monitor:
+            yield monitor
+
+
+def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None) -> subprocess.Popen[bytes]:
+    """Start QEMU so that it holds the lock on the VM's `alive` file from its first moment to its last."""
+    alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock_alive(vm, alive)
+        with vm.log.open("wb") as log:
+            return spawn_detached(argv, cwd=vm.path, output=log, inherit=[alive], user=user, groups=_kvm_groups(argv))
+    finally:
+        os.close(alive)
+
+
+def _lock_alive(vm: VMDirectory, fd: int) -> None:
+    """Lock the `alive` file; whoever only looks holds it for some microseconds, so try for a while."""
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise WrongState(f"VM '{vm.name}' has a process already", hint=f"polyvisor kill {vm.name}") from error
+            time.sleep(0.001)
+
+
+def _kvm_groups(argv: tuple[str, ...]) -> list[int]:
+    """The group through which an unprivileged QEMU may open /dev/kvm."""
+    return [Path("/dev/kvm").stat().st_gid] if "kvm" in argv else []
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _pid(vm: VMDirectory) -> int | None:
+    try:
+        return int((vm.path / PID_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _observe_dead(vm: VMDirectory) -> Observed:
+    """A VM without a process: stopped in good order, or crashed, and why."""
+    launch = vm.launch()
+    if launch is None or not (vm.path / PID_FILE).exists():
+        return Observed(state=VMState.STOPPED)
+    if launch.boot_id != boot_id():
+        return Observed(state=VMState.CRASHED, reason="the host went down while it ran")
+    said = _last_words(vm)
+    killed = "its process was killed (by someone, or by the kernel for want of memory: see dmesg)"
+    return Observed(state=VMState.CRASHED, reason=f"QEMU said: {said}" if said else killed)
+
+
+def _last_words(vm: VMDirectory) -> str | None:
+    """The last line that QEMU wrote to its log, without its own name."""
+    try:
+        with vm.log.open("rb") as file:
+            file.seek(max(0, vm.log.stat().st_size - _LOG_TAIL))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return None
+    said = [line.strip() for line in lines if line.strip() and "warning:" not in line]
+    return said[-1].removeprefix("qemu-system-x86_64: ") if said else None
+
+
+def _start_hint(vm: VMDirectory) -> str:
+    said = _last_words(vm) or ""
+    if "Permission denied" in said and os.geteuid() == 0:
+        return f"QEMU runs without root's rights: every directory above {vm.path} must let others pass (chmod o+x)"
+    return (
+        f"polyvisor --debug start {vm.name} shows the exact command; polyvisor logs --hypervisor {vm.name} its output"
+    )
+
+
+async def _ended(vm: VMDirectory, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while vm.alive():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(_POLL_S)
+    return True
+
+
+async def _signal(vm: VMDirectory, number: signal.Signals) -> None:
+    """Send a signal to the VM's process, once that has written its pid file."""
+    deadline = time.monotonic() + KILL_S
+    while vm.alive() and time.monotonic() < deadline:
+        if (pid := _lock_owner(vm)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _lock_owner(vm: VMDirectory) -> int | None:
+    """The pid in the pid file, where that process really has the VM's `alive` file open."""
+    pid = _pid(vm)
+    if pid is None:
+        return None
+    try:
+        identity = vm.alive_file.stat()
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(entry.stat(), identity):
+                    return pid
+    except OSError:
+        return None
+    return None
+
+
+async def _is_down(monitor: Monitor) -> bool:
+    return await monitor.run_state() == "shutdown"
+
+
+async def _until(condition: Callable[[], Awaitable[bool]], timeout_s: float, problem: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await condition():
+        if time.monotonic() > deadline:
+            raise TimedOut(problem, hint="it may ignore the power button; use --force to press reset")
+        await asyncio.sleep(0.1)

@@ -1,0 +1,143 @@
+"""`HostApi`: the one interface to a machine that runs VMs.
+
+Everything above a host (the command line, an API, a fleet) calls these verbs on typed values, and does not know whether the
+host is this process (`Host`) or another machine. One suite of contract tests runs against every implementation.
+
+All verbs are idempotent: what is already as asked succeeds and stays. They raise errors of `polyvisor.errors` alone: any of
+them NotFound for a VM that is not there, InvalidInput for values that can't be meant, and Busy where another command
+holds the VM for longer than they wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from polyvisor.images.image import Image
+from polyvisor.operation import Progress, silent
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import Check, Event, HostStatus, VMStatus
+
+STOP_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSHTarget:
+    """How to log in to a guest: the host key is checked against `known_hosts`, where the first login puts it."""
+
+    address: str
+    port: int
+    user: str
+    identity: Path
+    known_hosts: Path
+    alias: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """One VM in full: its status, its spec, and the command that runs it (None before the first start)."""
+
+    status: VMStatus
+    spec: VMSpec
+    mac_addresses: tuple[str, ...]
+    hypervisor_reason: str | None
+    argv: tuple[str, ...] | None
+    directory: str
+
+
+class HostApi(Protocol):
+    """A machine that runs VMs."""
+
+    # The host itself
+
+    async def status(self) -> HostStatus:
+        """The machine, what it can run, and how many VMs it has in which state."""
+
+    async def check(self) -> list[Check]:
+        """What works here, and what is missing, with the command that mends it."""
+
+    # VMs
+
+    async def create(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
+        """Make a VM without starting it. One of the same name and spec is left as it is; raises AlreadyExists otherwise."""
+
+    async def run(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
+        """Make a VM and start it; where the start fails, a VM that this call made is removed again."""
+
+    async def vms(self) -> list[VMStatus]:
+        """All VMs, by name."""
+
+    async def show(self, name: str) -> Details:
+        """One VM in full."""
+
+    async def start(self, name: str, progress: Progress = silent) -> VMStatus:
+        """Start a VM; raises CannotStart, with the hypervisor's last words."""
+
+    async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
+        """Press the power button; a VM that is still there after `timeout_s` seconds is killed."""
+
+    async def kill(self, name: str) -> VMStatus:
+        """End a VM now, as by pulling the plug."""
+
+    async def reboot(
+        self, name: str, *, force: bool = False, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent
+    ) -> VMStatus:
+        """Let the guest shut down and boot again, with `force` by the reset button; consoles and forwards stay.
+
+        Raises WrongState for a VM that is not running, TimedOut where the guest does not shut down.
+        """
+
+    async def pause(self, name: str) -> VMStatus:
+        """Stop the vCPUs; raises WrongState for a VM that is not alive."""
+
+    async def resume(self, name: str) -> VMStatus:
+        """Let paused vCPUs go on; raises WrongState for a VM that is not alive."""
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        """Delete a VM and its disks; one that is alive is killed first with `force`, and raises WrongState without."""
+
+    async def add_forward(self, name: str, forward: Forward) -> VMStatus:
+        """Open a port of the host to the guest, now and at later starts."""
+
+    async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
+        """Close such a port; raises NotFound where there is none."""
+
+    # Inside the VM
+
+    async def console(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The serial console of a VM that is alive, as a stream of bytes; raises Busy where another client has it."""
+
+    def log(self, name: str, *, hypervisor: bool = False, follow: bool = False) -> AsyncIterator[bytes]:
+        """What the serial console, or the hypervisor's process, has said; with `follow` it goes on until the VM ends."""
+
+    async def ssh_target(self, name: str) -> SSHTarget:
+        """How to log in to the guest; raises WrongState for a VM that does not run or has no way in."""
+
+    async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
+        """Wait until the guest's SSH server answers; raises TimedOut, and WrongState as soon as the VM ends."""
+
+    def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
+        """Changes of the VMs from now on (all of them, or those named), as they are seen."""
+
+    # Images
+
+    async def image_list(self) -> list[Image]:
+        """The images in the store."""
+
+    async def image_show(self, name: str) -> Image:
+        """One image."""
+
+    async def image_build(self, kind: str, progress: Progress = silent, **options: str | int | None) -> Image:
+        """Build image `kind` (tiny, debian) from Debian's packages."""
+
+    async def image_import(
+        self, source: str, *, name: str, progress: Progress = silent, **options: str | int | None
+    ) -> Image:
+        """Take in a disk image from a file of this host or an http(s) URL; raises ImageRefused, DownloadFailed."""
+
+    async def image_remove(self, name: str) -> None:
+        """Delete an image; raises WrongState where a VM stands on it."""

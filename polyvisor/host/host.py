@@ -1,0 +1,408 @@
+"""`Host`: this machine, without a daemon.
+
+A `Host` is made by whoever needs one (the command line, a program that imports Polyvisor), does its work in that process
+and is thrown away; VMs live on as processes of their own. What it knows it reads from the VM directories and asks of the
+driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polyvisor.drivers.base import Driver
+from polyvisor.drivers.qemu.driver import QemuDriver
+from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
+from polyvisor.home import Home, default_home
+from polyvisor.host import prepare
+from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
+from polyvisor.host.images import Images
+from polyvisor.host.machine import host_status, total_memory_mib
+from polyvisor.host.plan import (
+    build_boot,
+    check_devices,
+    choose_accelerator,
+    choose_firmware,
+    choose_mode,
+    derived_mac,
+    explain_choice,
+)
+from polyvisor.host.record import Launch, Record, boot_id
+from polyvisor.host.store import VMDirectory, VMStore
+from polyvisor.images.image import Image
+from polyvisor.network.ports import chosen_forwards
+from polyvisor.operation import Progress, Step, silent
+from polyvisor.spec.forward import Forward, parse_forward
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, VMState, VMStatus
+
+_PORT_TRIES = 3
+_POLL_S = 0.1
+
+
+class Host:
+    """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
+
+    def __init__(self, home: Home | Path | str | None = None) -> None:
+        self.home = home if isinstance(home, Home) else Home(Path(home).absolute()) if home else default_home()
+        self.store = VMStore(self.home)
+        self.images = Images(self.home)
+        self.driver: Driver = QemuDriver(self.home.cache)
+        self._capabilities: Capabilities | None = None
+
+    async def capabilities(self) -> Capabilities:
+        """What the driver can do here, probed once."""
+        if self._capabilities is None:
+            self.home.prepare()
+            self._capabilities = await self.driver.probe()
+        return self._capabilities
+
+    async def status(self) -> HostStatus:
+        states = [status.state for status in await self.vms()]
+        return host_status(
+            self.home, await self.capabilities(), {s.value: states.count(s) for s in VMState if s in states}
+        )
+
+    async def check(self) -> list[Check]:
+        from polyvisor.host.doctor import check_host
+
+        return await check_host(self.home)
+
+    # Making and removing
+
+    async def create(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
+        image = await self._check(spec, progress)
+        async with self.store.locked(spec.name, "create") as vm:
+            await self._create(vm, spec, image)
+            return await self._status(vm)
+
+    async def run(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
+        image = await self._check(spec, progress)
+        async with self.store.locked(spec.name, "run") as vm, AsyncExitStack() as undo:
+            if await self._create(vm, spec, image):
+                undo.callback(self.store.remove, spec.name)
+            status = await self._start(vm)
+            undo.pop_all()
+        return status
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        async with self.store.locked(name, "rm") as vm:
+            if vm.alive():
+                if not force:
+                    state = (await self.driver.inspect(vm)).state
+                    raise WrongState(f"VM '{name}' is {state}", hint=f"stop it first, or: polyvisor rm --force {name}")
+                await self.driver.kill(vm)
+            if not self.store.remove(name):
+                raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+
+    async def _check(self, spec: VMSpec, progress: Progress) -> Image:
+        """Everything that can be wrong with `spec` on this host, changing nothing but the image store."""
+        choose_accelerator(spec, await self.capabilities())
+        if spec.memory_mib is not None and spec.memory_mib > (total := total_memory_mib()):
+            raise InvalidInput("memory_mib", spec.memory_mib, f"this host has {total} MiB", hint="ask for less")
+        image = await self.images.ensure(spec.image, progress)
+        choose_firmware(spec, image, choose_mode(spec, image))
+        check_devices(spec, image)
+        prepare.check_disk_sizes(spec, image)
+        return image
+
+    async def _create(self, vm: VMDirectory, spec: VMSpec, image: Image) -> bool:
+        """Make the VM whose lock is held; returns False where it is there already, with the same spec."""
+        if vm.path.is_dir():
+            if vm.record.spec == spec:
+                return False
+            hint = f"choose another name, or: polyvisor rm {spec.name}"
+            raise AlreadyExists(f"there is a VM '{spec.name}' already, with another spec", hint=hint)
+        record = Record(
+            id=str(uuid.uuid4()),
+            created_at=time.time(),
+            spec=spec,
+            image_id=image.id,
+            memory_mib=spec.memory_mib or image.memory_mib,
+            user=prepare.new_user(self.home),
+        )
+        with self.images.store.held(image), self.store.creating(spec.name) as staging:
+            await prepare.fill(staging, record, image, self.images.store)
+        return True
+
+    # Starting and stopping
+
+    async def start(self, name: str, progress: Progress = silent) -> VMStatus:
+        async with self._locked(name, "start") as vm:
+            return await self._start(vm)
+
+    async def _start(self, vm: VMDirectory) -> VMStatus:
+        if vm.alive():
+            return await self._status(vm)
+        record = vm.record
+        image = self.images.store.by_id(record.image_id)
+        capabilities = await self.capabilities()
+        chosen = choose_accelerator(record.spec, capabilities)
+        await prepare.refresh(vm, record, image, self.images.store, self.home.keys)
+        for attempt in range(1, _PORT_TRIES + 1):
+            try:
+                await self._launch(vm, record, image, chosen, explain_choice(chosen, capabilities))
+                break
+            except PolyvisorError as error:
+                # Someone took a port between our look and QEMU's: look for another one.
+                if attempt == _PORT_TRIES or "host forwarding" not in error.message:
+                    raise
+        return await self._status(vm)
+
+    async def _launch(self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str) -> None:
+        boot = build_boot(record, image, self.images.store.directory(image), chosen.name, vm.launch())
+        command = await self.driver.command(boot)
+        vm.write_launch(
+            Launch(
+                started_at=time.time(),
+                boot_id=boot_id(),
+                hypervisor=chosen.name,
+                reason=reason,
+                version=command.version,
+                mode=boot.mode.value,
+                argv=command.argv,
+                forwards=tuple(forward for nic in boot.nics for forward in nic.forwards),
+            )
+        )
+        await self.driver.start(vm, command, record.user)
+
+    async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
+        async with self._locked(name, "stop") as vm:
+            await self._stop(vm, timeout_s, progress)
+            return await self._status(vm)
+
+    async def _stop(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
+        began = time.monotonic()
+        if vm.alive() and timeout_s > 0:
+            observed = await self.driver.inspect(vm)
+            if observed.state is VMState.PAUSED:
+                await self.driver.resume(vm)
+            if observed.state in (VMState.PAUSED, VMState.RUNNING):
+                await self.driver.shutdown(vm)
+                while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
+                    progress(Step("shutting down", int(waited), int(timeout_s), "s"))
+                    await asyncio.sleep(_POLL_S)
+        await self.driver.kill(vm)
+
+    async def kill(self, name: str) -> VMStatus:
+        async with self._locked(name, "kill") as vm:
+            await self.driver.kill(vm)
+            return await self._status(vm)
+
+    async def reboot(
+        self, name: str, *, force: bool = False, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent
+    ) -> VMStatus:
+        async with self._locked(name, "reboot") as vm:
+            await self._require_alive(vm, "reboot")
+            progress(Step("rebooting"))
+            await (self.driver.reset(vm) if force else self.driver.reboot(vm, timeout_s))
+            return await self._status(vm)
+
+    async def pause(self, name: str) -> VMStatus:
+        async with self._locked(name, "pause") as vm:
+            await self._require_alive(vm, "pause")
+            await self.driver.pause(vm)
+            return await self._status(vm)
+
+    async def resume(self, name: str) -> VMStatus:
+        async with self._locked(name, "resume") as vm:
+            await self._require_alive(vm, "resume")
+            await self.driver.resume(vm)
+            return await self._status(vm)
+
+    # Observing
+
+    async def vms(self) -> list[VMStatus]:
+        statuses = await asyncio.gather(*(self._status_or_reason(name) for name in self.store.names()))
+        return [status for status in statuses if status is not None]
+
+    async def show(self, name: str) -> Details:
+        vm = self.store.get(name)
+        record, launch = vm.record, vm.launch()
+        return Details(
+            status=await self._status(vm),
+            spec=record.spec,
+            mac_addresses=tuple(nic.mac or derived_mac(record.id, i) for i, nic in enumerate(record.spec.nics)),
+            hypervisor_reason=launch.reason if launch else None,
+            argv=launch.argv if launch else None,
+            directory=str(vm.path),
+        )
+
+    async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
+        from polyvisor.host.watch import changes
+
+        for name in names:
+            self.store.get(name)
+        async for event in changes(self, names):
+            yield event
+
+    async def _status_or_reason(self, name: str) -> VMStatus | None:
+        """The status of a VM in a list: one that can't be read is shown with the reason, one just removed is left out."""
+        try:
+            return await self._status(VMDirectory(self.home.vms / name))
+        except NotFound:
+            return None
+        except PolyvisorError as error:
+            return VMStatus(
+                name=name,
+                id="",
+                state=VMState.UNRESPONSIVE,
+                reason=error.message,
+                vcpus=0,
+                memory_mib=0,
+                created_at=0.0,
+            )
+
+    async def _status(self, vm: VMDirectory) -> VMStatus:
+        record, launch = vm.record, vm.launch()
+        observed = await self.driver.inspect(vm)
+        alive = observed.state.alive
+        return VMStatus(
+            name=vm.name,
+            id=record.id,
+            state=observed.state,
+            reason=observed.reason,
+            image=record.spec.image,
+            hypervisor=launch.hypervisor if launch else None,
+            mode=launch.mode if launch else None,
+            vcpus=record.spec.vcpus,
+            memory_mib=record.memory_mib,
+            pid=observed.pid,
+            created_at=record.created_at,
+            started_at=launch.started_at if launch and alive else None,
+            forwards=launch.forwards if launch and alive else (),
+            labels=record.spec.labels,
+        )
+
+    # Ports
+
+    async def add_forward(self, name: str, forward: Forward) -> VMStatus:
+        async with self._locked(name, "forward") as vm:
+            index = _user_nic(vm.record.spec)
+            launch = vm.launch()
+            if _matching(forward, vm.record.spec.nics[index].forwards) is None:
+                if vm.alive() and launch is not None:
+                    [chosen] = chosen_forwards([forward])
+                    await self.driver.add_forward(vm, index, chosen)
+                    vm.write_launch(replace(launch, forwards=(*launch.forwards, chosen)))
+                self._write_forwards(vm, index, (*vm.record.spec.nics[index].forwards, str(forward)))
+            return await self._status(VMDirectory(vm.path))
+
+    async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
+        async with self._locked(name, "forward") as vm:
+            index = _user_nic(vm.record.spec)
+            kept = vm.record.spec.nics[index].forwards
+            launch = vm.launch()
+            text = _matching(forward, kept)
+            live = next((f for f in launch.forwards if _leads(forward, f)), None) if launch and vm.alive() else None
+            if text is None and live is None:
+                raise NotFound(f"VM '{name}' has no forward {forward}", hint=f"polyvisor show {name} lists them")
+            if launch is not None and live is not None:
+                await self.driver.remove_forward(vm, index, live)
+                vm.write_launch(replace(launch, forwards=tuple(f for f in launch.forwards if f != live)))
+            self._write_forwards(vm, index, tuple(t for t in kept if t != text))
+            return await self._status(VMDirectory(vm.path))
+
+    def _write_forwards(self, vm: VMDirectory, index: int, texts: tuple[str, ...]) -> None:
+        spec = vm.record.spec
+        nics = tuple(replace(nic, forwards=texts) if i == index else nic for i, nic in enumerate(spec.nics))
+        vm.write_record(replace(vm.record, spec=replace(spec, nics=nics)))
+
+    # Inside the VM
+
+    async def console(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        from polyvisor.host.inside import open_console
+
+        vm = self.store.get(name)
+        await self._require_alive(vm, "give a console")
+        return await open_console(vm)
+
+    async def log(self, name: str, *, hypervisor: bool = False, follow: bool = False) -> AsyncIterator[bytes]:
+        from polyvisor.host.inside import read_log
+
+        vm = self.store.get(name)
+        async for chunk in read_log(vm, vm.log if hypervisor else vm.console_log, follow):
+            yield chunk
+
+    async def ssh_target(self, name: str) -> SSHTarget:
+        from polyvisor.host.inside import ssh_target
+
+        vm = self.store.get(name)
+        status = await self._status(vm)
+        return await ssh_target(vm, status, self.images.store.by_id(vm.record.image_id), self.home.keys)
+
+    async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
+        from polyvisor.host.inside import ssh_answers
+
+        target = await self.ssh_target(name)
+        began = time.monotonic()
+        vm = self.store.get(name)
+        while not await ssh_answers(target):
+            waited = time.monotonic() - began
+            if not vm.alive():
+                raise WrongState(f"VM '{name}' ended while it was booting", hint=f"polyvisor logs {name}")
+            if waited > timeout_s:
+                raise TimedOut(
+                    f"SSH of VM '{name}' does not answer after {timeout_s:.0f} s", hint=f"polyvisor logs {name}"
+                )
+            progress(Step("waiting for SSH", int(waited), int(timeout_s), "s"))
+            await asyncio.sleep(_POLL_S)
+        return target
+
+    # Images
+
+    async def image_list(self) -> list[Image]:
+        return self.images.store.all()
+
+    async def image_show(self, name: str) -> Image:
+        return self.images.store.get(name)
+
+    async def image_build(self, kind: str, progress: Progress = silent, **options: Any) -> Image:
+        return await self.images.build(kind, progress, **options)
+
+    async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
+        return await self.images.import_(source, progress, name=name, **options)
+
+    async def image_remove(self, name: str) -> None:
+        self.images.remove(name, self._users_of)
+
+    def _users_of(self, image: Image) -> list[str]:
+        """Names of the VMs that stand on `image`."""
+        return [name for name in self.store.names() if self.store.directory(name).record.image_id == image.id]
+
+    # Helpers
+
+    def _locked(self, name: str, verb: str) -> Any:
+        self.store.get(name)
+        return self.store.locked(name, verb)
+
+    async def _require_alive(self, vm: VMDirectory, verb: str) -> None:
+        state = (await self.driver.inspect(vm)).state
+        if not state.alive:
+            raise WrongState(f"VM '{vm.name}' is {state}: it can't {verb}", hint=f"polyvisor start {vm.name}")
+
+
+def _user_nic(spec: VMSpec) -> int:
+    """The index of the network card that forwards go through; raises Unsupported where there is none."""
+    for i, nic in enumerate(spec.nics):
+        if nic.network == "user":
+            return i
+    raise Unsupported(f"VM '{spec.name}' has no card on a user network", hint="port forwards need one")
+
+
+def _leads(asked: Forward, there: Forward) -> bool:
+    """Whether `there` is what `asked` names; without a host port, any to that guest port."""
+    same = (asked.guest_port, asked.protocol) == (there.guest_port, there.protocol)
+    return same and (
+        not asked.host_port or (asked.host_port, asked.host_address) == (there.host_port, there.host_address)
+    )
+
+
+def _matching(asked: Forward, texts: Sequence[str]) -> str | None:
+    return next((text for text in texts if _leads(asked, parse_forward(text))), None)

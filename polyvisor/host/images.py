@@ -1,0 +1,106 @@
+"""Images as a host offers them: those in its store, those that it can build, and those of the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from polyvisor.errors import InvalidInput, NotFound
+from polyvisor.home import Home
+from polyvisor.images.image import Image, Seed
+from polyvisor.images.store import ImageStore, check_image_name
+from polyvisor.operation import Progress, silent
+
+BUILDABLE = {"tiny": "tiny", "debian": "debian-12"}
+
+
+class Images:
+    """The images of a home."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.store = ImageStore(home.images)
+
+    async def ensure(self, name: str, progress: Progress = silent) -> Image:
+        """The image `name`, built or fetched where the store lacks it; raises NotFound with the nearest names."""
+        if image := self.store.find(BUILDABLE.get(check_image_name(name), name)):
+            return image
+        if name in BUILDABLE:
+            return await self.build(name, progress)
+        from polyvisor.images import catalogue
+
+        self.home.prepare()
+        entry = catalogue.find(name, self.home.path)
+        if entry is None:
+            near = ", ".join(catalogue.suggestions(name, self.home.path))
+            hint = (
+                f"did you mean {near}?" if near else "polyvisor image ls --all shows those here and those it can fetch"
+            )
+            raise NotFound(f"there is no image '{name}', neither here nor in the catalogue", hint=hint)
+        return await catalogue.fetch(entry, self.store, self.home.cache, progress)
+
+    async def build(
+        self,
+        kind: str,
+        progress: Progress = silent,
+        *,
+        name: str | None = None,
+        suite: str | None = None,
+        mirror: str | None = None,
+        size_gib: int | None = None,
+    ) -> Image:
+        """Build image `kind` under `name`; raises InvalidInput for a kind that can't be built."""
+        self.home.prepare()
+        if kind == "tiny":
+            from polyvisor.images.tiny import build_tiny
+
+            if size_gib is not None:
+                raise InvalidInput("size", size_gib, "image 'tiny' has no disk", hint="leave --size out")
+            options = {"name": name or "tiny", "suite": suite or "bookworm", "mirror": mirror}
+            return await build_tiny(self.store, self.home.cache, progress=progress, **options)  # type: ignore[arg-type]
+        if kind == "debian":
+            from polyvisor.images.debian import build_debian
+
+            sized = {} if size_gib is None else {"size_gib": size_gib}
+            return await build_debian(
+                self.store,
+                self.home.cache,
+                suite=suite or "bookworm",
+                name=name,
+                mirror=mirror,
+                progress=progress,
+                **sized,
+            )
+        raise InvalidInput("image", kind, "is not an image that can be built", hint=f"use {' or '.join(BUILDABLE)}")
+
+    async def import_(
+        self,
+        source: str,
+        progress: Progress = silent,
+        *,
+        name: str,
+        checksum: str | None = None,
+        format: str | None = None,  # noqa: A002
+        user: str | None = None,
+        seed: str = "nocloud",
+        memory_mib: int = 512,
+    ) -> Image:
+        """Take in a disk image; see `importer.import_image`."""
+        from polyvisor.images.importer import import_image
+
+        self.home.prepare()
+        check_image_name(name)
+        return await import_image(
+            self.store,
+            self.home.cache,
+            source,
+            name=name,
+            checksum=checksum,
+            format=format,
+            user=user,
+            seed=Seed(seed),
+            memory_mib=memory_mib,
+            progress=progress,
+        )
+
+    def remove(self, name: str, users: Callable[[Image], list[str]]) -> None:
+        self.store.remove(name, users)

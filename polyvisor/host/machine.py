@@ -1,0 +1,64 @@
+"""This machine, as the kernel describes it in /proc."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from polyvisor.errors import Unsupported
+from polyvisor.home import Home
+from polyvisor.host.plan import choose_accelerator, explain_choice
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import Capabilities, HostStatus
+
+_ANY = VMSpec(name="any", image="any")
+
+
+def total_memory_mib() -> int:
+    """Memory of this host, in MiB."""
+    return _meminfo("MemTotal")
+
+
+def host_status(home: Home, capabilities: Capabilities, vms_by_state: dict[str, int]) -> HostStatus:
+    """The status of this machine; `capabilities` is what its driver found."""
+    try:
+        chosen = choose_accelerator(_ANY, capabilities)
+        hypervisor, reason = chosen.name, explain_choice(chosen, capabilities)
+    except Unsupported as error:
+        hypervisor, reason = None, error.message
+    system = os.uname()
+    return HostStatus(
+        name=socket.gethostname(),
+        kernel=system.release,
+        architecture=system.machine,
+        cpus=len(os.sched_getaffinity(0)),
+        cpu_model=_cpu_model(),
+        memory_mib=total_memory_mib(),
+        memory_free_mib=_meminfo("MemAvailable"),
+        home=str(home.path),
+        storage_free_mib=_free_mib(home.path),
+        hypervisor=hypervisor,
+        hypervisor_reason=reason,
+        capabilities=(capabilities,),
+        vms_by_state=vms_by_state,
+    )
+
+
+def _meminfo(key: str) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) // 1024 if match else 0
+
+
+def _cpu_model() -> str:
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1] if match else "unknown"
+
+
+def _free_mib(path: Path) -> int | None:
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize >> 20

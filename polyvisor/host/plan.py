@@ -1,0 +1,153 @@
+"""From a record to a `Boot`: every choice that the user left to Polyvisor, made here and nowhere else.
+
+Pure functions: what they need to know of the host is handed to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from polyvisor.drivers.base import Boot, BootDisk, BootNic
+from polyvisor.drivers.qemu.devices import IDE_PLACES
+from polyvisor.errors import InvalidInput, Unsupported
+from polyvisor.host.record import Launch, Record
+from polyvisor.images.image import Image, Seed
+from polyvisor.network.ports import chosen_forwards, wanted_forwards
+from polyvisor.spec.vm import DeviceModel, Firmware, Hypervisor, Mode, VMSpec
+from polyvisor.status import Accelerator, Capabilities
+
+SEED_DISK = Path("disks/seed.iso")
+SEEDED_INITRD = Path("disks/initrd")
+UEFI_VARIABLES = Path("disks/uefi-vars.fd")
+
+
+def disk_path(index: int) -> Path:
+    """Where disk `index` of a VM is, in the VM's directory."""
+    return Path(f"disks/disk{index}.qcow2")
+
+
+def choose_accelerator(spec: VMSpec, capabilities: Capabilities) -> Accelerator:
+    """What runs the guest; raises Unsupported, with the reason, where what the spec asks for does not work here."""
+    if spec.hypervisor is Hypervisor.XEN:
+        raise Unsupported(
+            "hypervisor: xen: this version of Polyvisor has no Xen driver yet", hint="use auto, kvm or tcg"
+        )
+    offered = {accelerator.name: accelerator for accelerator in capabilities.accelerators}
+    if spec.hypervisor is not Hypervisor.AUTO:
+        if (chosen := offered[spec.hypervisor.value]).available:
+            return chosen
+        raise Unsupported(f"hypervisor: {chosen.name} does not work here: {chosen.reason}", hint="use hypervisor: auto")
+    for accelerator in capabilities.accelerators:
+        if accelerator.available:
+            return accelerator
+    raise Unsupported(f"no hypervisor works here: {capabilities.accelerators[0].reason}", hint="polyvisor doctor")
+
+
+def explain_choice(chosen: Accelerator, capabilities: Capabilities) -> str:
+    """Why `chosen` was chosen, in one line."""
+    better = [a for a in capabilities.accelerators if not a.available]
+    if chosen.name == "tcg" and better:
+        return f"{better[0].name} does not work here: {better[0].reason}"
+    return chosen.reason
+
+
+def choose_mode(spec: VMSpec, image: Image) -> Mode:
+    """How the VM boots: by its own disk where that can be booted from, so that the guest's own kernel runs.
+
+    Raises InvalidInput where the image can't boot as the spec asks.
+    """
+    if spec.mode is Mode.PV:
+        raise InvalidInput("mode", "pv", "paravirtualized guests need Xen", hint="use pvh or hvm")
+    if spec.mode is Mode.PVH and image.kernel is None:
+        raise InvalidInput("mode", "pvh", f"image '{image.name}' has no kernel to boot directly", hint="use mode: hvm")
+    if spec.mode is Mode.HVM and image.disk is None:
+        raise InvalidInput("mode", "hvm", f"image '{image.name}' has no disk to boot from", hint="use mode: pvh")
+    if spec.mode is not Mode.AUTO:
+        return spec.mode
+    return Mode.HVM if image.disk is not None else Mode.PVH
+
+
+def choose_firmware(spec: VMSpec, image: Image, mode: Mode) -> Firmware:
+    """BIOS where the image boots by it, UEFI where it boots by that alone; AUTO stands for none, in mode pvh."""
+    if mode is not Mode.HVM:
+        if spec.firmware is not Firmware.AUTO:
+            raise InvalidInput("firmware", spec.firmware.value, "mode pvh boots without firmware", hint="use mode: hvm")
+        return Firmware.AUTO
+    if spec.firmware is not Firmware.AUTO:
+        return spec.firmware
+    return Firmware.UEFI if image.firmware == ("uefi",) else Firmware.BIOS
+
+
+def check_devices(spec: VMSpec, image: Image) -> None:
+    """Raise InvalidInput where emulated hardware has no place for all the disks."""
+    disks = max(len(spec.disks), int(image.disk is not None)) + int(image.seed is Seed.NOCLOUD)
+    if spec.devices is DeviceModel.EMULATED and disks > IDE_PLACES:
+        hint = f"use at most {IDE_PLACES} (cloud-init's seed is one), or devices: paravirtual"
+        raise InvalidInput("disks", disks, "are too many for emulated IDE", hint=hint)
+
+
+def build_boot(
+    record: Record,
+    image: Image,
+    image_directory: Path,
+    accelerator: str,
+    last: Launch | None = None,
+) -> Boot:
+    """The `Boot` of a VM: `image_directory` holds the image's files, `last` is how it was last started.
+
+    Raises InvalidInput where a port is taken.
+    """
+    spec = record.spec
+    mode = choose_mode(spec, image)
+    firmware = choose_firmware(spec, image, mode)
+    direct = mode is Mode.PVH and image.kernel is not None
+    return Boot(
+        name=spec.name,
+        id=record.id,
+        vcpus=spec.vcpus,
+        memory_mib=record.memory_mib,
+        cpu=spec.cpu,
+        mode=mode,
+        devices=spec.devices,
+        firmware=firmware,
+        on_reboot=spec.on_reboot,
+        accelerator=accelerator,
+        kernel=image_directory / image.kernel.name if direct and image.kernel else None,
+        initrd=_initrd(image, image_directory) if direct else None,
+        cmdline=" ".join(filter(None, (image.cmdline, spec.cmdline))) if direct else "",
+        disks=boot_disks(spec, image, image_directory),
+        nics=boot_nics(record, last),
+        seed=SEED_DISK if image.seed is Seed.NOCLOUD else None,
+        uefi_vars=UEFI_VARIABLES if firmware is Firmware.UEFI else None,
+    )
+
+
+def boot_disks(spec: VMSpec, image: Image, image_directory: Path) -> tuple[BootDisk, ...]:
+    count = max(len(spec.disks), int(image.disk is not None))
+    backings = [image_directory / image.disk.name if i == 0 and image.disk else None for i in range(count)]
+    return tuple(BootDisk(path=disk_path(i), backing=backing) for i, backing in enumerate(backings))
+
+
+def boot_nics(record: Record, last: Launch | None) -> tuple[BootNic, ...]:
+    """The network cards, ports chosen; raises InvalidInput where a port is taken."""
+    nics = []
+    for i, nic in enumerate(record.spec.nics):
+        # One forward to SSH is enough: the first card on a user network has it.
+        first = all(other.network != "user" for other in record.spec.nics[:i])
+        wanted = wanted_forwards(nic.forwards, ssh=first) if nic.network == "user" else []
+        forwards = chosen_forwards(wanted, last.forwards if last else ())
+        nics.append(BootNic(mac=nic.mac or derived_mac(record.id, i), network=nic.network, forwards=forwards))
+    return tuple(nics)
+
+
+def derived_mac(vm_id: str, index: int) -> str:
+    """A MAC address that is always the same for a VM's network card: QEMU's prefix and a hash (locally administered)."""
+    digest = hashlib.sha256(f"{vm_id}/{index}".encode()).digest()
+    return ":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *digest[:3]))
+
+
+def _initrd(image: Image, directory: Path) -> Path | None:
+    if image.initrd is None:
+        return None
+    return SEEDED_INITRD if image.seed is Seed.INITRD else directory / image.initrd.name

@@ -1,0 +1,128 @@
+"""What a VM's directory must hold before the VM can start: disks, seed, firmware variables, and whose they are."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from polyvisor.errors import InvalidInput
+from polyvisor.files import storage_errors
+from polyvisor.home import Home
+from polyvisor.host.keys import login_key
+from polyvisor.host.plan import (
+    SEED_DISK,
+    SEEDED_INITRD,
+    UEFI_VARIABLES,
+    choose_firmware,
+    choose_mode,
+    disk_path,
+)
+from polyvisor.host.record import Record
+from polyvisor.host.store import VMDirectory
+from polyvisor.images.image import Image, Seed
+from polyvisor.images.seed import SeedData, nocloud_iso, with_seed
+from polyvisor.images.store import ImageStore
+from polyvisor.spec.vm import Firmware, Mode, VMSpec
+
+# Where root runs VMs, each QEMU is a user of its own, numbered from here: above what systemd gives to containers
+# (524288–1879048191), below what some kernels' interfaces take for negative (https://systemd.io/UIDS-GIDS/).
+FIRST_USER = 1_900_000_000
+BLANK_GIB = 1
+_GIB = 1024
+
+
+def new_user(home: Home) -> int | None:
+    """A numeric user that no VM of this home has had, for root; None for others, whose VMs run as themselves."""
+    if os.geteuid() != 0:
+        return None
+    with storage_errors("numbering the VM"):
+        fd = os.open(home.path / "next-user", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            number = int(os.pread(fd, 16, 0) or FIRST_USER)
+            os.pwrite(fd, str(number + 1).encode(), 0)
+        finally:
+            os.close(fd)
+    return number
+
+
+def check_disk_sizes(spec: VMSpec, image: Image) -> None:
+    """Raise InvalidInput where the first disk would be smaller than the image on it."""
+    if image.disk is None or image.disk_size_mib is None or not spec.disks or spec.disks[0].size_gib is None:
+        return
+    if spec.disks[0].size_gib * _GIB < image.disk_size_mib:
+        least = -(-image.disk_size_mib // _GIB)
+        problem = f"is less than image '{image.name}' holds ({image.disk_size_mib} MiB)"
+        raise InvalidInput("disks[0].size_gib", spec.disks[0].size_gib, problem, hint=f"ask for {least} or more")
+
+
+async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
+    """Put a new VM's disks and record into its directory, the record last."""
+    await _make_disks(vm, record, image, images)
+    if record.user is not None:
+        vm.path.chmod(0o711)
+        vm.disks.chmod(0o711)
+        os.chown(vm.run, record.user, record.user)
+        for disk in vm.disks.iterdir():
+            os.chown(disk, record.user, record.user)
+    vm.write_record(record)
+
+
+async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
+    """Make what a start needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables where there are none."""
+    mode = choose_mode(record.spec, image)
+    made = [await _write_seed(vm, record, image, images, keys, mode), _copy_uefi_variables(vm, record, image, mode)]
+    if record.user is not None:
+        for path in filter(None, made):
+            os.chown(path, record.user, record.user)
+
+
+async def _make_disks(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
+    from polyvisor.images.qemu_img import create_blank, create_overlay
+
+    for i in range(max(len(record.spec.disks), int(image.disk is not None))):
+        wanted = record.spec.disks[i].size_gib if i < len(record.spec.disks) else None
+        path = vm.path / disk_path(i)
+        if i == 0 and image.disk is not None:
+            await create_overlay(path, images.file(image, image.disk), wanted * _GIB if wanted else None)
+        else:
+            await create_blank(path, (wanted or BLANK_GIB) * _GIB)
+
+
+async def _write_seed(
+    vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode
+) -> Path | None:
+    if image.seed is Seed.NONE or (image.seed is Seed.INITRD and (mode is not Mode.PVH or image.initrd is None)):
+        return None
+    _, public = await login_key(keys)
+    spec = record.spec
+    data = SeedData(
+        instance_id=record.id, hostname=spec.name, ssh_keys=(public, *spec.ssh_keys), user_data=spec.user_data
+    )
+    with storage_errors(f"writing the seed of VM '{vm.name}'"):
+        if image.seed is Seed.NOCLOUD:
+            (vm.path / SEED_DISK).unlink(missing_ok=True)
+            nocloud_iso(data, vm.path / SEED_DISK)
+            return vm.path / SEED_DISK
+        assert image.initrd is not None  # noqa: S101 - checked above
+        (vm.path / SEEDED_INITRD).unlink(missing_ok=True)
+        fd = os.open(vm.path / SEEDED_INITRD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(with_seed(images.file(image, image.initrd).read_bytes(), data))
+    return vm.path / SEEDED_INITRD
+
+
+def _copy_uefi_variables(vm: VMDirectory, record: Record, image: Image, mode: Mode) -> Path | None:
+    path = vm.path / UEFI_VARIABLES
+    if choose_firmware(record.spec, image, mode) is not Firmware.UEFI or path.exists():
+        return None
+    from polyvisor.drivers.qemu.programs import find_uefi
+
+    with storage_errors(f"copying the UEFI variables of VM '{vm.name}'"):
+        temporary = path.with_suffix(".new")
+        shutil.copyfile(find_uefi()[1], temporary)
+        temporary.chmod(0o600)
+        temporary.replace(path)
+    return path

@@ -1,0 +1,86 @@
+"""What a VM's directory says about it: its record (`vm.json`) and its launch record (`launch.json`).
+
+The record is the intent: the spec as the user gave it, with what was fixed when the VM was made. The launch record is
+how the VM was last started: exact arguments, versions, ports. Both are JSON that people can read; neither holds status.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.parse import structure, unstructure
+from polyvisor.spec.vm import VMSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A VM as it was made.
+
+    `image_id` is the image that its disks stand on; `user` the numeric user that its QEMU runs as (None: the caller's
+    own); `created_at` in seconds since the epoch.
+    """
+
+    id: str
+    created_at: float
+    spec: VMSpec
+    image_id: str
+    memory_mib: int
+    user: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a VM was last started. `boot_id` is the host's boot; after another boot the VM can't be running."""
+
+    started_at: float
+    boot_id: str
+    hypervisor: str
+    reason: str
+    version: str
+    mode: str
+    argv: tuple[str, ...]
+    forwards: tuple[Forward, ...] = ()
+
+
+def record_to_json(record: Record) -> str:
+    plain = {**{key: getattr(record, key) for key in _RECORD_KEYS}, "spec": unstructure(record.spec)}
+    return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
+
+
+def record_from_json(text: str | bytes) -> Record:
+    """The record that `record_to_json` wrote; raises ValueError, TypeError, KeyError or InvalidInput for others."""
+    raw = _checked(text)
+    return Record(**{key: raw[key] for key in _RECORD_KEYS}, spec=structure(raw["spec"], VMSpec))
+
+
+def launch_to_json(launch: Launch) -> str:
+    return json.dumps({"format": FORMAT, **asdict(launch)}, indent=2) + "\n"
+
+
+def launch_from_json(text: str | bytes) -> Launch:
+    """The launch record that `launch_to_json` wrote; raises ValueError, TypeError or KeyError for anything else."""
+    raw = _checked(text)
+    return Launch(
+        **{**raw, "argv": tuple(raw["argv"]), "forwards": tuple(Forward(**forward) for forward in raw["forwards"])}
+    )
+
+
+def boot_id() -> str:
+    """The kernel's identifier of this machine's present boot (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+_RECORD_KEYS = ("id", "created_at", "image_id", "memory_mib", "user")
+
+
+def _checked(text: str | bytes) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(text)
+    if (version := raw.pop("format")) != FORMAT:
+        raise ValueError(f"its format is {version}; this Polyvisor reads {FORMAT}")
+    return raw

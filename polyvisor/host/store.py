@@ -1,0 +1,223 @@
+"""VM directories and their locks: the truth about the VMs of a host.
+
+    <vms>/<name>/vm.json       the record
+    <vms>/<name>/launch.json   the launch record of the last start
+    <vms>/<name>/alive         locked by the hypervisor's process for as long as that lives
+    <vms>/<name>/qemu.log      what the hypervisor's process said
+    <vms>/<name>/disks/        disks and UEFI variables
+    <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
+
+A VM is made in `.new-<name>` and renamed into place; it is renamed to `.gone-<name>` before it is removed. Whoever
+changes a VM holds its lock; the kernel drops the lock of a process that dies, so there are no stale ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from polyvisor.errors import AlreadyExists, Busy, InvalidInput, NotFound, PolyvisorError
+from polyvisor.files import is_flocked, storage_errors, sync_directory, write_atomic
+from polyvisor.home import Home
+from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_json, record_from_json, record_to_json
+from polyvisor.spec.vm import check_name
+
+LOCK_PATIENCE_S = 30.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class VMDirectory:
+    """The directory of one VM. Reading raises PolyvisorError where a file in it can't be understood."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run"
+
+    @property
+    def disks(self) -> Path:
+        return self.path / "disks"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "qemu.log"
+
+    @property
+    def console_log(self) -> Path:
+        return self.run / "console.log"
+
+    @property
+    def alive_file(self) -> Path:
+        return self.path / "alive"
+
+    @cached_property
+    def record(self) -> Record:
+        """What the VM is; raises NotFound, PolyvisorError."""
+        try:
+            return record_from_json((self.path / "vm.json").read_bytes())
+        except FileNotFoundError as error:
+            raise NotFound(f"there is no VM '{self.name}'", hint="polyvisor ls shows those that are") from error
+        except (ValueError, TypeError, KeyError, InvalidInput) as error:
+            raise self._unreadable("vm.json", error) from error
+
+    def launch(self) -> Launch | None:
+        """How it was last started, or None before the first start."""
+        try:
+            return launch_from_json((self.path / "launch.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._unreadable("launch.json", error) from error
+
+    def write_record(self, record: Record) -> None:
+        write_atomic(self.path / "vm.json", record_to_json(record))
+
+    def write_launch(self, launch: Launch) -> None:
+        write_atomic(self.path / "launch.json", launch_to_json(launch))
+
+    def alive(self) -> bool:
+        """Whether the VM's hypervisor process lives.
+
+        That process has inherited the lock on `alive_file` and can't lose it before it ends: no pid is compared, and
+        a start that was cut off after the process was made is seen too.
+        """
+        return is_flocked(self.alive_file)
+
+    def _unreadable(self, file: str, error: Exception) -> PolyvisorError:
+        return PolyvisorError(
+            f"VM '{self.name}': {self.path / file} can't be understood: {error}",
+            hint=f"mend the file, or remove the VM: polyvisor rm --force {self.name}",
+        )
+
+
+class VMStore:
+    """The VM directories under `home`."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def directory(self, name: str) -> VMDirectory:
+        return VMDirectory(self.home.vms / check_name(name))
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.home.vms) if not entry.name.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def get(self, name: str) -> VMDirectory:
+        """The directory of VM `name`; raises NotFound, InvalidInput."""
+        directory = self.directory(name)
+        if not directory.path.is_dir():
+            raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+        return directory
+
+    @contextlib.asynccontextmanager
+    async def locked(self, name: str, verb: str, *, patience_s: float | None = None) -> AsyncIterator[VMDirectory]:
+        """Hold the lock of VM `name`, which need not exist, for `verb`.
+
+        Waits up to `patience_s` seconds (30 by default); then raises Busy, naming who holds it.
+        """
+        directory = self.directory(name)
+        self.home.prepare()
+        path = self.home.locks / f"{name}.lock"
+        deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
+        while (fd := _try_lock(path)) is None:
+            if time.monotonic() >= deadline:
+                raise Busy(f"VM '{name}' is busy: {_holder(path)}", hint="try again when that has ended")
+            await asyncio.sleep(_POLL_S)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
+            yield directory
+        finally:
+            if not directory.path.exists():
+                path.unlink(missing_ok=True)
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def creating(self, name: str) -> Iterator[VMDirectory]:
+        """Make VM `name` (whose lock the caller holds): the directory that the block fills appears whole or not at all.
+
+        Raises AlreadyExists.
+        """
+        final = self.directory(name)
+        if final.path.exists():
+            raise AlreadyExists(f"there is a VM '{name}' already", hint=f"choose another name, or: polyvisor rm {name}")
+        staging = VMDirectory(final.path.with_name(f".new-{name}"))
+        with storage_errors(f"creating VM '{name}'"):
+            self._sweep(name)
+            staging.path.mkdir(mode=0o700)
+            staging.disks.mkdir(mode=0o700)
+            staging.run.mkdir(mode=0o700)
+        try:
+            with storage_errors(f"creating VM '{name}'"):
+                yield staging
+                staging.path.rename(final.path)
+                sync_directory(self.home.vms)
+        except BaseException:
+            shutil.rmtree(staging.path, ignore_errors=True)
+            raise
+
+    def remove(self, name: str) -> bool:
+        """Remove the directory of VM `name` (whose lock the caller holds), or finish a removal that was cut off.
+
+        Returns whether there was anything to remove.
+        """
+        path, gone = self.home.vms / name, self.home.vms / f".gone-{name}"
+        with storage_errors(f"removing VM '{name}'"):
+            found = self._sweep(name)
+            if path.is_dir():
+                path.rename(gone)
+                sync_directory(self.home.vms)
+                shutil.rmtree(gone)
+                found = True
+        return found
+
+    def _sweep(self, name: str) -> bool:
+        """Remove what commands that were killed left of VM `name`; returns whether there was anything."""
+        left = [p for p in (self.home.vms / f".new-{name}", self.home.vms / f".gone-{name}") if p.is_dir()]
+        for path in left:
+            shutil.rmtree(path)
+        return bool(left)
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on `path`, or None where another holds it.
+
+    The last holder may unlink the file between our open and our lock: then it is another file by now, try again.
+    """
+    with storage_errors(f"locking {path}"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_ino == path.stat().st_ino:
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock on `path`, in words."""
+    try:
+        holder = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return "another command is at work on it"
+    return f"'{holder['verb']}' is at work on it (process {holder['pid']})"
