@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from polyvisor.errors import ProcessFailed, TimedOut, Unavailable
 
 @dataclass(frozen=True)
 class Completed:
-    """What a program that succeeded wrote."""
+    """What a program that has ended wrote, and its exit status."""
 
     stdout: str
     stderr: str
+    status: int = 0
 
 
 def find_program(name: str, *, package: str, also: Sequence[str] = ("/usr/sbin", "/sbin")) -> str:
@@ -74,9 +76,9 @@ async def run(
         raise TimedOut(f"{argv[0]} did not end within {timeout_s} s") from error
     finally:
         await _end(process)
-    completed = Completed(out.decode(errors="replace"), err.decode(errors="replace"))
-    if check and process.returncode:
-        raise ProcessFailed(argv, process.returncode, completed.stderr or completed.stdout)
+    completed = Completed(out.decode(errors="replace"), err.decode(errors="replace"), process.returncode or 0)
+    if check and completed.status:
+        raise ProcessFailed(argv, completed.status, completed.stderr or completed.stdout)
     return completed
 
 
@@ -123,7 +125,7 @@ def spawn_detached(
     Its stdout and stderr go to `output`; file descriptors in `inherit` stay open in it. With `user`, it runs as that
     numeric user and group, with the supplementary `groups` alone (the caller must be root).
     """
-    return subprocess.Popen(
+    process = subprocess.Popen(
         argv,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -136,3 +138,6 @@ def spawn_detached(
         extra_groups=groups if user is not None else None,
         umask=0o077,
     )
+    # Whoever starts VMs and stays (a server, a test) must also bury them.
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process

@@ -108,10 +108,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def build_parser(verbs: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser of the verbs named, or of all of them."""
-    import argparse
+    from polyvisor.cli.parser import Parser
 
     common = common_options()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="polyvisor",
         description="One virtual machine, any hypervisor.",
         epilog="polyvisor VERB --help tells more. Begin with: polyvisor run tiny",

@@ -1,19 +1,17 @@
-"""`ssh`, `exec` and `cp`: into the guest, by OpenSSH. The one place that opens SSH to guests."""
+"""`ssh`, `exec` and `cp`: into the guest."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from polyvisor.cli.context import Context
-from polyvisor.cli.show import WAIT_S
 from polyvisor.errors import InvalidInput
 from polyvisor.host.api import SSHTarget
-from polyvisor.process import find_program
+from polyvisor.ssh import READY_S, guest_named, scp_argv, ssh_argv
 
 
 def add_ssh(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +34,9 @@ def add_cp(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_cp)
 
 
-def log_in(context: Context, name: str, command: Sequence[str], *, timeout_s: float = WAIT_S) -> int:
+def log_in(context: Context, name: str, command: Sequence[str], *, timeout_s: float = READY_S) -> int:
     """Run a shell, or `command` as a shell takes it, in the guest; returns its exit status."""
-    target = _wait(context, name, timeout_s)
-    program = find_program("ssh", package="openssh-client")
-    return _call([program, *_options(target), "-p", str(target.port), f"{target.user}@{target.address}", *command])
+    return _call(ssh_argv(_wait(context, name, timeout_s), *command))
 
 
 def _exec(context: Context, options: argparse.Namespace) -> int:
@@ -52,44 +48,8 @@ def _exec(context: Context, options: argparse.Namespace) -> int:
 
 
 def _cp(context: Context, options: argparse.Namespace) -> int:
-    paths = [*options.source, options.target]
-    names = {name for path in paths if (name := _guest_of(path))}
-    if len(names) != 1:
-        problem = "names no guest" if not names else "names several guests"
-        hint = "polyvisor cp FILE NAME:PATH, or polyvisor cp NAME:PATH FILE"
-        raise InvalidInput("cp", " ".join(paths), problem, hint=hint)
-    target = _wait(context, names.pop(), options.timeout)
-    program = find_program("scp", package="openssh-client")
-    flags = [*(["-r"] if options.recursive else []), *([] if sys.stderr.isatty() else ["-q"])]
-    remote = [_remote(path, target) for path in paths]
-    return _call([program, *flags, *_options(target), "-P", str(target.port), "--", *remote])
-
-
-def _guest_of(path: str) -> str | None:
-    """The VM in NAME:PATH; a path with a slash before the colon is a file here, as scp has it."""
-    name, colon, _ = path.partition(":")
-    return name if colon and name and "/" not in name else None
-
-
-def _remote(path: str, target: SSHTarget) -> str:
-    if _guest_of(path) is None:
-        return path if path.startswith(("/", ".")) else f"./{path}"
-    return f"{target.user}@{target.address}:{path.partition(':')[2]}"
-
-
-def _options(target: SSHTarget) -> list[str]:
-    """OpenSSH options: this VM's own key file and known hosts, nothing of the user's configuration."""
-    settings = {
-        "IdentityFile": f'"{target.identity}"',
-        "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": f'"{target.known_hosts}"',
-        "GlobalKnownHostsFile": "/dev/null",
-        "HostKeyAlias": target.alias,
-        "StrictHostKeyChecking": "accept-new",
-        "ConnectTimeout": "15",
-        "LogLevel": "ERROR",
-    }
-    return ["-F", "none", *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]
+    target = _wait(context, guest_named([*options.source, options.target]), options.timeout)
+    return _call(scp_argv(target, options.source, options.target, recursive=options.recursive))
 
 
 def _wait(context: Context, name: str, timeout_s: float) -> SSHTarget:
@@ -97,9 +57,9 @@ def _wait(context: Context, name: str, timeout_s: float) -> SSHTarget:
 
 
 def _call(argv: list[str]) -> int:
-    """Run an interactive program on this terminal; Ctrl-C is the program's."""
+    """Run a program on this terminal; Ctrl-C is the program's. Returns its exit status, as a shell has it."""
     sys.stdout.flush()
-    status = subprocess.call(argv, env={**os.environ})
+    status = subprocess.call(argv)
     return status if status >= 0 else 128 - status
 
 
@@ -109,10 +69,5 @@ def _target(parser: argparse.ArgumentParser) -> None:
 
 
 def _timeout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=WAIT_S,
-        metavar="SECONDS",
-        help="wait this long for the guest (default: %(default).0f)",
-    )
+    about = "wait this long for the guest (default: %(default).0f)"
+    parser.add_argument("--timeout", type=float, default=READY_S, metavar="SECONDS", help=about)

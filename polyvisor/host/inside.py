@@ -11,7 +11,7 @@ from pathlib import Path
 
 from polyvisor.errors import Busy, NotFound, WrongState
 from polyvisor.host.api import SSHTarget
-from polyvisor.host.keys import login_key
+from polyvisor.host.keys import KNOWN_HOSTS, login_key
 from polyvisor.host.store import VMDirectory
 from polyvisor.images.image import Image
 from polyvisor.network.ports import SSH_PORT
@@ -96,7 +96,7 @@ async def ssh_target(vm: VMDirectory, status: VMStatus, image: Image, keys: Path
                 port=forward.host_port,
                 user=image.user,
                 identity=(await login_key(keys))[0],
-                known_hosts=vm.path / "known_hosts",
+                known_hosts=vm.path / KNOWN_HOSTS,
                 alias=vm.name,
             )
     raise WrongState(

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput
-from polyvisor.files import storage_errors
+from polyvisor.files import storage_errors, write_atomic
 from polyvisor.home import Home
-from polyvisor.host.keys import login_key
+from polyvisor.host.keys import KNOWN_HOSTS, login_key, make_host_key, read_host_key
 from polyvisor.host.plan import (
     SEED_DISK,
     SEEDED_INITRD,
@@ -61,6 +61,9 @@ def check_disk_sizes(spec: VMSpec, image: Image) -> None:
 async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
     """Put a new VM's disks and record into its directory, the record last."""
     await _make_disks(vm, record, image, images)
+    if image.seed is not Seed.NONE:
+        await make_host_key(vm.path)
+        write_known_host(vm, record)
     if record.user is not None:
         vm.path.chmod(0o711)
         vm.disks.chmod(0o711)
@@ -68,6 +71,11 @@ async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore
         for disk in vm.disks.iterdir():
             os.chown(disk, record.user, record.user)
     vm.write_record(record)
+
+
+def write_known_host(vm: VMDirectory, record: Record) -> None:
+    """Let whoever logs in know the guest's host key beforehand, under the VM's name."""
+    write_atomic(vm.path / KNOWN_HOSTS, f"{record.spec.name} {read_host_key(vm.path).public}\n")
 
 
 async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
@@ -99,7 +107,11 @@ async def _write_seed(
     _, public = await login_key(keys)
     spec = record.spec
     data = SeedData(
-        instance_id=record.id, hostname=spec.name, ssh_keys=(public, *spec.ssh_keys), user_data=spec.user_data
+        instance_id=record.id,
+        hostname=spec.name,
+        ssh_keys=(public, *spec.ssh_keys),
+        user_data=spec.user_data,
+        host_key=read_host_key(vm.path),
     )
     with storage_errors(f"writing the seed of VM '{vm.name}'"):
         if image.seed is Seed.NOCLOUD:

@@ -136,19 +136,46 @@ class ImageStore:
     def remove(self, name: str, users: Callable[[Image], list[str]]) -> Image:
         """Remove an image; `users` names the VMs that stand on it. Raises NotFound, WrongState where there are any."""
         image = self.get(name)
+        with self._locked(image, fcntl.LOCK_EX):
+            self._require_unused(image, name, users)
+            with storage_errors(f"removing image '{name}'"):
+                self._remove(image)
+        return image
+
+    @contextlib.contextmanager
+    def held(self, image: Image) -> Iterator[None]:
+        """Keep `image` from being removed while a VM is made on it; raises NotFound where it is gone by now."""
+        with self._locked(image, fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, image: Image, how: int) -> Iterator[None]:
+        try:
+            fd = os.open(self.directory(image) / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise NotFound(f"image '{image.name}' has just been removed") from error
+        try:
+            fcntl.flock(fd, how)
+            if not self.directory(image).exists():
+                raise NotFound(f"image '{image.name}' has just been removed")
+            yield
+        finally:
+            os.close(fd)
+
+    def _require_unused(self, image: Image, name: str, users: Callable[[Image], list[str]]) -> None:
         if vms := users(image):
             raise WrongState(
                 f"image '{name}' is used by {', '.join(vms[:5])}{' …' if len(vms) > 5 else ''}",
                 hint=f"remove {'it' if len(vms) == 1 else 'them'} first: polyvisor rm {' '.join(vms[:5])}",
             )
-        with storage_errors(f"removing image '{name}'"):
-            if self.is_current(image):
-                (self._names / image.name).unlink()
-            gone = self._store / f".rm-{image.id}"
-            shutil.rmtree(gone, ignore_errors=True)
-            self.directory(image).rename(gone)
-            shutil.rmtree(gone)
-        return image
+
+    def _remove(self, image: Image) -> None:
+        if self.is_current(image):
+            (self._names / image.name).unlink()
+        gone = self._store / f".rm-{image.id}"
+        shutil.rmtree(gone, ignore_errors=True)
+        self.directory(image).rename(gone)
+        shutil.rmtree(gone)
 
     def _load(self, directory: Path) -> Image:
         try:

@@ -50,7 +50,9 @@ def nic_argv(index: int, nic: BootNic, devices: DeviceModel) -> list[str]:
     if nic.network == "none":
         return ["-device", device]
     forwards = "".join(f",hostfwd={hostfwd(forward)}" for forward in nic.forwards)
-    return ["-netdev", f"user,id=nic{index}{forwards}", "-device", f"{device},netdev=nic{index}"]
+    # Each card on a subnet of its own, or the guest would answer by the wrong one; the first has slirp's usual 10.0.2.0.
+    subnet = f",net=10.0.{index + 2}.0/24" if index else ""
+    return ["-netdev", f"user,id=nic{index}{subnet}{forwards}", "-device", f"{device},netdev=nic{index}"]
 
 
 def display_argv(devices: DeviceModel) -> list[str]:

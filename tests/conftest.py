@@ -1,0 +1,81 @@
+"""Fixtures that every ring of tests shares.
+
+Homes lie in directories that other users can pass, since for root each QEMU runs as a user of its own. What is expensive to
+make (packages, the image `tiny`) is made once and kept in $POLYVISOR_TEST_CACHE, by default /var/tmp/polyvisor-tests-UID.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from polyvisor.errors import PolyvisorError
+from polyvisor.home import Home
+from polyvisor.host.host import Host
+from polyvisor.images.image import Image
+from polyvisor.images.store import ImageStore
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """Where what is expensive to make is kept between runs of the tests."""
+    path = Path(os.environ.get("POLYVISOR_TEST_CACHE") or f"/var/tmp/polyvisor-tests-{os.geteuid()}")
+    path.mkdir(mode=0o711, parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_store(cache: Path) -> ImageStore:
+    """An image store that all tests share; a test that changes images makes a home without it."""
+    home = Home(cache / "home")
+    home.prepare()
+    return ImageStore(home.images)
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path, image_store: ImageStore) -> Image:
+    """The image `tiny`, built by this version of the code."""
+    from polyvisor.images.tiny import build_tiny
+
+    return asyncio.run(build_tiny(image_store, cache / "home" / "cache"))
+
+
+@pytest.fixture
+def empty_home() -> Iterator[Home]:
+    """A home with nothing in it; VMs that a test leaves there are killed."""
+    path = Path(tempfile.mkdtemp(prefix="polyvisor-test-", dir="/tmp"))
+    path.chmod(0o711)
+    home = Home(path / "home")
+    home.prepare()
+    yield home
+    asyncio.run(kill_all(home))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def home(empty_home: Home, tiny: Image, image_store: ImageStore) -> Home:
+    """A home whose image store has `tiny`."""
+    empty_home.images.rmdir()
+    empty_home.images.symlink_to(image_store.path)
+    return empty_home
+
+
+@pytest.fixture
+def host(home: Home) -> Host:
+    """This machine, with a home of its own."""
+    return Host(home)
+
+
+async def kill_all(home: Home) -> None:
+    """End every VM of `home`, whatever state its directory is in."""
+    host = Host(home)
+    for name in host.store.names():
+        with contextlib.suppress(PolyvisorError):
+            await host.driver.kill(host.store.directory(name))

@@ -1,0 +1,46 @@
+"""The contract of HostApi, checked against real hosts.
+
+Every test here takes `api`, and knows nothing of what is behind it. A new driver, or a new way to reach a host, is a new
+parameter of `api`, and has to pass all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+
+import pytest
+
+from polyvisor.host.api import HostApi
+from polyvisor.host.host import Host
+from polyvisor.spec.vm import VMSpec
+from tests.contract.guest import BOOT_S
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def api(host: Host) -> HostApi:
+    """The host under test: this machine, with QEMU."""
+    return host
+
+
+@pytest.fixture
+def spec() -> VMSpec:
+    """A VM that boots in seconds, under a name that no other test uses."""
+    return VMSpec(name=f"vm-{next(_numbers)}", image="tiny")
+
+
+@pytest.fixture
+async def running(api: HostApi, spec: VMSpec) -> AsyncIterator[str]:
+    """The name of a VM that has just been started; its guest is still booting."""
+    await api.run(spec)
+    yield spec.name
+    await api.remove(spec.name, force=True)
+
+
+@pytest.fixture
+async def booted(api: HostApi, running: str) -> str:
+    """The name of a VM whose guest answers over SSH."""
+    await api.wait_for_ssh(running, timeout_s=BOOT_S)
+    return running

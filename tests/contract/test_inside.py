@@ -1,0 +1,210 @@
+"""What goes on inside a VM, and what survives it: shutdown, reboot, consoles, ports, disks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from polyvisor.errors import Busy, InvalidInput, NotFound
+from polyvisor.host.api import HostApi
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.vm import Disk, OnReboot, VMSpec
+from polyvisor.ssh import copy, execute
+from polyvisor.status import VMState
+from tests.contract.guest import BOOT_S, guest
+
+pytestmark = pytest.mark.qemu
+
+
+async def test_stop_shuts_the_guest_down_and_disks_are_kept(api: HostApi, spec: VMSpec) -> None:
+    await api.run(dataclasses.replace(spec, disks=(Disk(size_gib=1),)))
+    await guest(api, spec.name, "echo kept | dd of=/dev/vda bs=512 conv=sync && sync")
+    stopped = await api.stop(spec.name, timeout_s=60)
+    assert stopped.state is VMState.STOPPED
+    console = await _log(api, spec.name)
+    assert "reboot: Power down" in console or "The system is going down" in console, "it was killed, not shut down"
+    await api.start(spec.name)
+    assert await guest(api, spec.name, "head -c 4 /dev/vda") == "kept"
+
+
+async def test_stop_of_a_guest_that_does_not_listen_kills_it(api: HostApi, running: str) -> None:
+    stopped = await api.stop(running, timeout_s=0.2)
+    assert stopped.state is VMState.STOPPED
+
+
+async def test_a_paused_vm_can_be_stopped(api: HostApi, booted: str) -> None:
+    await api.pause(booted)
+    assert (await api.stop(booted, timeout_s=60)).state is VMState.STOPPED
+
+
+async def test_poweroff_inside_the_guest_stops_the_vm(api: HostApi, booted: str) -> None:
+    await guest(api, booted, "poweroff")
+    await _until_state(api, booted, VMState.STOPPED)
+
+
+async def test_reboot_inside_the_guest_keeps_console_ports_and_ssh(api: HostApi, booted: str) -> None:
+    before = (await api.show(booted)).status
+    first = await guest(api, booted, "cat /proc/sys/kernel/random/boot_id")
+    reader, writer = await api.console(booted)
+    await guest(api, booted, "reboot")
+    heard = await _hear(reader, b"ready")
+    writer.close()
+    assert b"ready" in heard, "the console went on through the reboot"
+    after = (await api.show(booted)).status
+    assert (after.pid, after.forwards, after.state) == (before.pid, before.forwards, VMState.RUNNING)
+    assert await guest(api, booted, "cat /proc/sys/kernel/random/boot_id") != first
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_the_verb_reboot_keeps_them_too(api: HostApi, booted: str, force: bool) -> None:
+    before = (await api.show(booted)).status
+    first = await guest(api, booted, "cat /proc/sys/kernel/random/boot_id")
+    await api.reboot(booted, force=force, timeout_s=60)
+    await asyncio.sleep(1)
+    assert await guest(api, booted, "cat /proc/sys/kernel/random/boot_id") != first
+    after = (await api.show(booted)).status
+    assert (after.pid, after.forwards) == (before.pid, before.forwards)
+    await guest(api, booted, "poweroff")
+    await _until_state(api, booted, VMState.STOPPED)
+
+
+async def test_on_reboot_stop(api: HostApi, spec: VMSpec) -> None:
+    await api.run(dataclasses.replace(spec, on_reboot=OnReboot.STOP))
+    await guest(api, spec.name, "reboot")
+    await _until_state(api, spec.name, VMState.STOPPED)
+
+
+async def test_the_console_is_a_login(api: HostApi, booted: str) -> None:
+    reader, writer = await api.console(booted)
+    writer.write(b"\n")
+    await _hear(reader, b"login:")
+    writer.write(b"root\n")
+    await _hear(reader, b"#")
+    writer.write(b"echo $((6 * 7))\n")
+    assert b"42" in await _hear(reader, b"42")
+    writer.close()
+
+
+async def test_the_console_has_one_user_at_a_time(api: HostApi, running: str) -> None:
+    reader, writer = await api.console(running)
+    with pytest.raises(Busy, match=running):
+        await api.console(running)
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    await asyncio.sleep(0.1)
+    _, again = await api.console(running)
+    again.close()
+    del reader
+
+
+async def test_logs_hold_what_the_console_said(api: HostApi, booted: str) -> None:
+    assert "ready" in await _log(api, booted)
+
+
+async def test_logs_can_be_followed_until_the_vm_ends(api: HostApi, booted: str) -> None:
+    async def follow() -> bytes:
+        return b"".join([chunk async for chunk in api.log(booted, follow=True)])
+
+    following = asyncio.create_task(follow())
+    await api.stop(booted, timeout_s=60)
+    async with asyncio.timeout(10):
+        assert len(await following) >= len((await _log(api, booted)).encode())
+
+
+async def test_forwards_of_the_spec_and_of_a_running_vm(api: HostApi, booted: str) -> None:
+    await guest(api, booted, "(while true; do echo hello | nc -l -p 7000; done) >/dev/null 2>&1 &")
+    status = await api.add_forward(booted, Forward(host_port=0, guest_port=7000))
+    assert await api.add_forward(booted, Forward(host_port=0, guest_port=7000)) == status
+    port = next(f.host_port for f in status.forwards if f.guest_port == 7000)
+    assert await _greeting(port) == b"hello\n"
+    status = await api.remove_forward(booted, Forward(host_port=port, guest_port=7000))
+    assert all(f.guest_port != 7000 for f in status.forwards)
+    with pytest.raises(OSError, match="onnect"):
+        await asyncio.open_connection("127.0.0.1", port)
+    with pytest.raises(NotFound):
+        await api.remove_forward(booted, Forward(host_port=port, guest_port=7000))
+
+
+async def test_a_forward_lasts_beyond_a_stop(api: HostApi, running: str) -> None:
+    await api.add_forward(running, Forward(host_port=0, guest_port=8000))
+    await api.kill(running)
+    assert 8000 in [f.guest_port for f in (await api.start(running)).forwards]
+
+
+async def test_a_taken_port_is_refused(api: HostApi, running: str) -> None:
+    taken = (await api.show(running)).status.forwards[0].host_port
+    with pytest.raises(InvalidInput, match=str(taken)):
+        await api.add_forward(running, Forward(host_port=taken, guest_port=9000))
+
+
+async def test_ssh_uses_a_key_and_remembers_the_host(api: HostApi, booted: str) -> None:
+    target = await api.ssh_target(booted)
+    assert await guest(api, booted, "whoami") == target.user
+    assert target.known_hosts.read_text().startswith(target.alias)
+
+
+async def test_execute_passes_words_status_and_input(api: HostApi, booted: str) -> None:
+    completed = await execute(
+        api, booted, ["sh", "-c", 'cat; echo "$1|$2" >&2; exit 7', "sh", "a  b", "'"], stdin=b"in"
+    )
+    assert (completed.stdout, completed.stderr, completed.status) == ("in", "a  b|'\n", 7)
+
+
+async def test_copy_both_ways(api: HostApi, booted: str, tmp_path: Path) -> None:
+    source = tmp_path / "a file"
+    source.write_bytes(bytes(range(256)) * 1000)
+    await copy(api, [str(source)], f"{booted}:/tmp/there")
+    await copy(api, [f"{booted}:/tmp/there"], str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+
+
+async def test_events_are_seen(api: HostApi, spec: VMSpec) -> None:
+    seen: list[str] = []
+
+    async def watch() -> None:
+        async for event in api.events():
+            seen.append(event.event)  # noqa: PERF401 - the events have no end
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0.2)
+    await api.run(spec)
+    await asyncio.sleep(1.2)
+    await api.pause(spec.name)
+    await asyncio.sleep(1.2)
+    await api.remove(spec.name, force=True)
+    await asyncio.sleep(1.2)
+    watching.cancel()
+    assert seen == ["created", "running", "paused", "removed"]
+
+
+async def _log(api: HostApi, name: str) -> str:
+    return b"".join([chunk async for chunk in api.log(name)]).decode(errors="replace")
+
+
+async def _hear(reader: asyncio.StreamReader, word: bytes) -> bytes:
+    """What the console says up to `word`."""
+    heard = b""
+    async with asyncio.timeout(BOOT_S):
+        while word not in heard and (data := await reader.read(4096)):
+            heard += data
+    return heard
+
+
+async def _greeting(port: int) -> bytes:
+    async with asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            return await reader.readline()
+        finally:
+            writer.close()
+
+
+async def _until_state(api: HostApi, name: str, state: VMState) -> None:
+    async with asyncio.timeout(BOOT_S):
+        while (await api.show(name)).status.state is not state:
+            await asyncio.sleep(0.2)
