@@ -14,12 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
 
 from polyvisor import __version__
 
+TYPE_CHECKING = False  # the real one costs the import of typing, which `--version` need not wait for
 if TYPE_CHECKING:
     import argparse
+    from typing import NoReturn
+
+    from polyvisor.cli.parser import Parser
 
 # Verb → module of polyvisor.cli, and what it does. The order is that of `polyvisor --help`.
 VERBS = {
@@ -129,11 +132,13 @@ def build_parser(verbs: Sequence[str] | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def common_options() -> argparse.ArgumentParser:
+def common_options() -> Parser:
     """Options of every verb; they may stand before the verb or after it."""
     import argparse
 
-    common = argparse.ArgumentParser(add_help=False)
+    from polyvisor.cli.parser import Parser
+
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show traces and the hypervisor's exact command"

@@ -88,9 +88,12 @@ async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageSt
 
 
 async def _make_disks(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
+    count = max(len(record.spec.disks), int(image.disk is not None))
+    if count == 0:
+        return
     from polyvisor.images.qemu_img import create_blank, create_overlay
 
-    for i in range(max(len(record.spec.disks), int(image.disk is not None))):
+    for i in range(count):
         wanted = record.spec.disks[i].size_gib if i < len(record.spec.disks) else None
         path = vm.path / disk_path(i)
         if i == 0 and image.disk is not None:

@@ -1,0 +1,211 @@
+"""Taking a stranger's disk image into the store.
+
+    fetch (an address) → copy (a file that others can change) → checksum → unpack → inspect → check → convert → store
+
+Everything up to `inspect` treats the file as bytes. `inspect` parses its headers and refuses what reaches outside the
+file; only then does qemu-img read it, with every driver named, into a new qcow2 file of ours. All of it happens in a
+staging directory that is gone if anything fails; a download stays, to be gone on with. See
+docs/design/untrusted-images.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from polyvisor.errors import DownloadFailed, ImageRefused, InvalidInput, StorageFull
+from polyvisor.images import qemu_img, unpack
+from polyvisor.images.checksum import Checksum, checksum_of, parse_checksum
+from polyvisor.images.download import held, is_url
+from polyvisor.images.formats import Compression, Disk, Format, Reader, compression_of, inspect, parse_format
+from polyvisor.images.formats.firmware import firmware_of
+from polyvisor.images.formats.guest import GuestDisk
+from polyvisor.images.http import shown_url
+from polyvisor.images.image import Image, ImageFile, Seed
+from polyvisor.images.store import ImageStore, check_image_name
+from polyvisor.images.worker import in_thread
+from polyvisor.operation import Progress, Step, silent
+
+DISK = "disk.qcow2"
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What the image shall be called and be, and what its file must be."""
+
+    name: str
+    source: str
+    checksum: Checksum | None
+    format: Format | None
+    user: str | None
+    seed: Seed
+    os: str | None
+    memory_mib: int
+
+
+async def import_image(
+    store: ImageStore,
+    cache: Path,
+    source: str,
+    *,
+    name: str,
+    checksum: str | None = None,
+    format: str | None = None,  # noqa: A002 (as users call it)
+    user: str | None = None,
+    seed: Seed = Seed.NOCLOUD,
+    os: str | None = None,
+    memory_mib: int = 512,
+    progress: Progress = silent,
+) -> Image:
+    """Import the disk image at `source`, a path or an http, https or file address, as image `name`.
+
+    `checksum` (`sha256:…`, `sha512:…` or the bare digits) is of the file as it is offered, compressed or not. `format` is
+    only needed for a raw disk without a boot signature. `user`, `seed`, `os` and `memory_mib` describe the image.
+
+    Raises InvalidInput, NotFound, NotPermitted, DownloadFailed (also for a wrong checksum), ImageRefused, StorageFull,
+    Unavailable (no qemu-img). Whatever it raises, the store is as it was; a download that broke off is gone on with.
+    """
+    wanted = _Wanted(
+        name=check_image_name(name),
+        source=shown_url(source) if is_url(source) else str(_local_path(source)),
+        checksum=None if checksum is None else parse_checksum(checksum),
+        format=None if format is None else parse_format(format),
+        user=user,
+        seed=seed,
+        os=os,
+        memory_mib=memory_mib,
+    )
+    qemu_img.program()  # rather than after a long download
+    if is_url(source):
+        return await _import_url(store, cache, source, wanted, progress)
+    with unpack.open_source(_local_path(source)) as file:
+        return await _import_file(store, file, wanted, wanted.checksum, progress)
+
+
+def _local_path(source: str) -> Path:
+    """The path that `source` means; raises InvalidInput for addresses of other kinds."""
+    if "\0" in source or not source:
+        raise InvalidInput("source", source, "is not a path")
+    if "://" not in source:
+        return _absolute(source)
+    parts = urlsplit(source)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or "%00" in parts.path:
+        raise InvalidInput("source", source, "can't be fetched", hint="give a path, or an http, https or file address")
+    return _absolute(unquote(parts.path))
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+async def _import_url(store: ImageStore, cache: Path, url: str, wanted: _Wanted, progress: Progress) -> Image:
+    started = time.time()
+    async with held(url, cache, progress) as download:
+        # Another command may have imported just this while we waited for it.
+        image = store.find(wanted.name)
+        if image is not None and image.source == wanted.source and image.created_at >= started:
+            return image
+        path = await download.fetch(checksum=wanted.checksum, progress=progress)
+        try:
+            with unpack.open_source(path) as file:
+                image = await _import_file(store, file, wanted, None, progress)
+        except ImageRefused:
+            download.discard()
+            raise
+        download.discard()
+        return image
+
+
+async def _import_file(
+    store: ImageStore, file: BinaryIO, wanted: _Wanted, checksum: Checksum | None, progress: Progress
+) -> Image:
+    """Import an open file, which must have `checksum` (if any)."""
+    name = _display_name(wanted.source)
+    with store.staging() as staging, contextlib.ExitStack() as files:
+        if not unpack.is_private(file):
+            file = files.enter_context(await _copied(file, staging / "copy", name, progress))
+        if checksum is not None:
+            await _verify(file, checksum, name, progress)
+        if kind := compression_of(Reader(file, name)):
+            file = files.enter_context(await _unpacked(file, kind, staging / "unpacked", name, progress))
+        disk = await in_thread(lambda report: inspect(Reader(file, name), wanted.format), progress)
+        await _convert(disk, file, staging, name, progress)
+        for temporary in ("copy", "unpacked"):
+            (staging / temporary).unlink(missing_ok=True)
+        image = await _described(staging / DISK, wanted)
+        return await in_thread(lambda report: store.add(staging, image, report), progress)
+
+
+def _display_name(source: str) -> str:
+    """The file's name, fit for a message."""
+    name = source.rstrip("/").rpartition("/")[2] or source
+    return "".join(c if c.isprintable() else "?" for c in name)[:80]
+
+
+async def _copied(file: BinaryIO, target: Path, name: str, progress: Progress) -> BinaryIO:
+    """A copy: what others can change must not change between being inspected and being read."""
+    await in_thread(lambda report: unpack.copy(file, target, name, report), progress)
+    return target.open("rb")
+
+
+async def _unpacked(file: BinaryIO, kind: Compression, target: Path, name: str, progress: Progress) -> BinaryIO:
+    if kind is Compression.ZSTD:
+        progress(Step("unpack"))
+        await unpack.decompress_zstd(file, target, name)
+    else:
+        await in_thread(lambda report: unpack.decompress(file, kind, target, name, report), progress)
+    return target.open("rb")
+
+
+async def _verify(file: BinaryIO, checksum: Checksum, name: str, progress: Progress) -> None:
+    size = Reader(file, name).size
+    found = await in_thread(lambda report: checksum_of(file, checksum.algorithm, size, report), progress)
+    if found != checksum:
+        raise DownloadFailed(
+            f"{name}: its {found.algorithm} is {found.hex}, not {checksum.hex}",
+            hint="the file is damaged, or the checksum belongs to another version",
+        )
+
+
+async def _convert(disk: Disk, file: BinaryIO, staging: Path, name: str, progress: Progress) -> None:
+    """Make `DISK` in `staging` from `disk` in `file`: a whole number of MiB, without any reference to other files."""
+    path = unpack.path_of(file)
+    progress(Step("check"))
+    await qemu_img.check(disk, path, name)
+    measured = await qemu_img.measure(disk, path, name)
+    if measured.required + unpack.SPARE > (free := shutil.disk_usage(staging).free):
+        raise StorageFull(
+            f"{name}: it needs {measured.required // _MIB} MiB, the image store has {free // _MIB} MiB left",
+            hint="free some space: polyvisor image ls; polyvisor ls; or set POLYVISOR_HOME to a larger disk",
+        )
+    await qemu_img.convert(disk, path, staging / DISK, measured, name, progress)
+    size = (await qemu_img.info(staging / DISK))["virtual-size"]
+    if size % _MIB:
+        await qemu_img.resize(staging / DISK, -(-size // _MIB) * _MIB)
+
+
+async def _described(path: Path, wanted: _Wanted) -> Image:
+    """The image's description; a last look at our own file makes sure that it stands alone."""
+    found = await qemu_img.info(path)
+    if found["format"] != "qcow2" or "backing-filename" in found or "full-backing-filename" in found:
+        raise ImageRefused(f"{wanted.source}: the converted disk does not stand alone")
+    with GuestDisk(path) as guest:  # which inspects it as it does every stranger's
+        return Image(
+            id="",
+            name=wanted.name,
+            created_at=0.0,
+            source=wanted.source,
+            os=wanted.os,
+            disk=ImageFile(name=DISK, sha256="", size=0),
+            disk_size_mib=guest.size // _MIB,
+            firmware=firmware_of(guest.read),
+            seed=wanted.seed,
+            user=wanted.user,
+            memory_mib=wanted.memory_mib,
+        )

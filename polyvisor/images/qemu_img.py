@@ -1,0 +1,229 @@
+"""The one place that calls qemu-img.
+
+Every node that qemu-img opens is named with its driver, for the format and for the file below it: nothing is ever
+probed, because the content of a raw disk belongs to the guest, which could write another format's header into it.
+Disks that strangers made are read under limits on memory, CPU time and output; by then `formats.inspect` has refused
+whatever names another file. See docs/design/untrusted-images.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyvisor.errors import ImageRefused, PolyvisorError, ProcessFailed
+from polyvisor.files import storage_errors, translated
+from polyvisor.operation import Progress, Step, silent
+from polyvisor.process import Completed, find_program, run
+
+if TYPE_CHECKING:
+    from polyvisor.images.formats import Disk
+
+MIB = 1 << 20
+
+_MEMORY = 2 << 30  # address space; 600 MiB suffice for the images tried
+_READ_CPU_S = 300
+_MIN_RATE = 10 * MIB  # bytes a second that a conversion makes at least, even of compressed data
+_SMALL_OUTPUT = 1 * MIB
+_STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# Formats by their names: `run` needs this module too, and must not wait for all the parsers to be loaded.
+_DRIVERS = {"vhd": "vpc"}
+_CHECKABLE = ("qcow2", "vdi", "vhdx", "vmdk")
+_LEAKS_ONLY = 3  # qemu-img check: space is wasted, nothing is wrong
+_PROGRESS = re.compile(rb"\((\d+\.\d+)/100%\)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a disk needs as qcow2, in bytes: as it is, and with every cluster written."""
+
+    required: int
+    fully_allocated: int
+
+
+def program() -> str:
+    """The path of qemu-img; raises Unavailable with the package to install."""
+    return find_program("qemu-img", package="qemu-utils")
+
+
+async def create_overlay(path: Path, backing: Path, size_mib: int | None) -> None:
+    """Make `path` a qcow2 disk that reads what it lacks from the qcow2 file `backing`, and keeps what a VM writes.
+
+    `size_mib` is the disk's size; None: as large as `backing`. An existing `path` is replaced.
+    Raises StorageFull, NotPermitted, Unavailable (no qemu-img), PolyvisorError, ProcessFailed.
+    """
+    absolute = _existing(backing, f"making the disk {path}")
+    await _create(path, size_mib, "-b", str(absolute), "-F", "qcow2")
+
+
+async def create_blank(path: Path, size_mib: int) -> None:
+    """Make `path` an empty qcow2 disk of `size_mib`; an existing one is replaced. Raises as `create_overlay`."""
+    await _create(path, size_mib)
+
+
+def node(disk: Disk, filename: str) -> str:
+    """`disk` in the file `filename` as qemu-img's argument, with every driver named and no backing file."""
+    file: dict[str, Any] = {"driver": "file", "filename": filename, "read-only": True}
+    if disk.member is not None:
+        # qemu wants whole sectors; the archive pads its members to them.
+        file = {"driver": "raw", "offset": disk.offset, "size": -(-disk.size // 512) * 512, "file": file}
+        file["read-only"] = True
+    top: dict[str, Any] = {"driver": _DRIVERS.get(disk.format, str(disk.format)), "read-only": True, "file": file}
+    if disk.format in ("qcow2", "vmdk"):
+        top["backing"] = None
+    return "json:" + json.dumps(top)
+
+
+async def check(disk: Disk, filename: str, name: str) -> None:
+    """Refuse a disk whose metadata contradict each other or lead past the file's end; `name` is for the error.
+
+    Raises ImageRefused. VHD and raw disks have nothing that qemu-img could check.
+    """
+    if disk.format not in _CHECKABLE:
+        return
+    argv = ["check", "-q", node(disk, filename)]
+    try:
+        await _limited(argv, cpu_s=_READ_CPU_S, output=_SMALL_OUTPUT, on_output=lambda piece: None)
+    except ProcessFailed as error:
+        if error.status != _LEAKS_ONLY:
+            raise _unreadable(error, name) from error
+
+
+async def measure(disk: Disk, filename: str, name: str) -> Measured:
+    """How much space `disk` needs as qcow2; raises ImageRefused where it can't be read."""
+    argv = ["measure", "--output=json", "-O", "qcow2", node(disk, filename)]
+    try:
+        raw = json.loads((await _limited(argv, cpu_s=_READ_CPU_S, output=_SMALL_OUTPUT)).stdout)
+    except ProcessFailed as error:
+        raise _unreadable(error, name) from error
+    return Measured(required=raw["required"], fully_allocated=raw["fully-allocated"])
+
+
+async def convert(
+    disk: Disk, filename: str, target: Path, measured: Measured, name: str, progress: Progress = silent
+) -> None:
+    """Copy `disk` into the new qcow2 file `target`, reporting the guest's bytes.
+
+    Raises StorageFull, NotPermitted, ImageRefused where `disk` can't be read to its end.
+    """
+
+    def report(piece: bytes) -> None:
+        for percent in _PROGRESS.findall(piece)[-1:]:
+            progress(Step("convert", int(disk.virtual_size * float(percent) / 100), disk.virtual_size, "B"))
+
+    argv = ["convert", "-p", "-O", "qcow2", node(disk, filename), str(target)]
+    try:
+        await _limited(
+            argv,
+            cpu_s=_READ_CPU_S + measured.required // _MIN_RATE,
+            output=measured.fully_allocated + 16 * MIB,
+            on_output=report,
+        )
+    except ProcessFailed as error:
+        found = _failure(error, f"converting {name}")
+        raise (_unreadable(error, name) if found is error else found) from error
+
+
+async def pack(raw: Path, target: Path, size: int, progress: Progress = silent) -> None:
+    """Write the raw disk `raw` of `size` bytes, one of ours, as the new qcow2 file `target`, compressed.
+
+    Of 1 GB of files zstd makes a third, as zlib does in five times the time; reading all back costs 3.5 s (measured).
+    Raises StorageFull, NotPermitted, ProcessFailed.
+    """
+
+    def report(piece: bytes) -> None:
+        for percent in _PROGRESS.findall(piece)[-1:]:
+            progress(Step("writing the disk", int(size * float(percent) / 100), size, "B"))
+
+    options = ["-c", "-o", "compression_type=zstd"]
+    argv = [program(), "convert", "-p", "-f", "raw", "-O", "qcow2", *options, str(raw), str(target)]
+    try:
+        await run(argv, on_output=report)
+    except ProcessFailed as error:
+        raise _failure(error, f"writing {target}") from error
+
+
+async def resize(path: Path, size: int) -> None:
+    """Make the qcow2 disk `path`, one of ours, `size` bytes large."""
+    try:
+        await run([program(), "resize", "-q", "-f", "qcow2", str(path), str(size)], timeout_s=60)
+    except ProcessFailed as error:
+        raise _failure(error, f"resizing {path}") from error
+
+
+async def info(path: Path) -> dict[str, Any]:
+    """What qemu-img says of the qcow2 disk `path`, one of ours."""
+    top = {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": str(path), "read-only": True}}
+    done = await run([program(), "info", "--output=json", "json:" + json.dumps(top)], timeout_s=60)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _existing(path: Path, what: str) -> Path:
+    with storage_errors(what):
+        path.stat()
+    return path.absolute()
+
+
+async def _create(path: Path, size_mib: int | None, *options: str) -> None:
+    """Run `qemu-img create` into a temporary file, which then takes the place of `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    absolute = os.path.abspath(temporary)  # noqa: PTH100 (nothing blocks)
+    size = [] if size_mib is None else [str(size_mib * MIB)]
+    try:
+        await run([program(), "create", "-q", "-f", "qcow2", *options, absolute, *size], timeout_s=60)
+        _put_in_place(temporary, path)
+    except ProcessFailed as error:
+        raise _failure(error, f"making the disk {path}") from error
+    finally:
+        _remove(temporary)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    with storage_errors(f"making the disk {path}"):
+        temporary.chmod(0o600)
+        temporary.replace(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+async def _limited(
+    argv: Sequence[str], *, cpu_s: int, output: int, on_output: Callable[[bytes], None] | None = None
+) -> Completed:
+    """Run qemu-img on a stranger's disk: bounded memory, `cpu_s` seconds of CPU, files of `output` bytes at most."""
+    limits = [f"--as={_MEMORY}", f"--cpu={cpu_s}", f"--fsize={output}", "--core=0"]
+    prlimit = find_program("prlimit", package="util-linux")
+    return await run([prlimit, *limits, program(), *argv], timeout_s=20 * cpu_s, on_output=on_output)
+
+
+def _failure(error: ProcessFailed, what: str) -> PolyvisorError:
+    """Why qemu-img failed while doing `what`: a full disk and missing rights by their own types."""
+    for number in _STORAGE_ERRNOS:
+        if os.strerror(number) in error.stderr:
+            return translated(OSError(number, os.strerror(number)), what)
+    return error
+
+
+def _unreadable(error: ProcessFailed, name: str) -> ImageRefused:
+    """The refusal of a disk that qemu-img could not read."""
+    if error.status in (-signal.SIGABRT, -signal.SIGXCPU, -signal.SIGKILL, -signal.SIGXFSZ):
+        return ImageRefused(
+            f"{name}: reading it takes too much memory, time or space",
+            hint="it may have been made to do so; convert it where it was made",
+        )
+    if '"write" lock' in error.stderr:
+        return ImageRefused(
+            f"{name}: another program is writing to it", hint="stop the VM that uses it, then try again"
+        )
+    words = [line for line in error.stderr.strip().splitlines() if line.strip()]
+    last = re.sub(r"json:\{.*\}|/proc/\S+", "it", words[-1].removeprefix("qemu-img: ")) if words else "no reason given"
+    return ImageRefused(f"{name}: it can't be read: {last[:200]}", hint="it is truncated or corrupt: get it again")
