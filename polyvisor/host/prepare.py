@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput
@@ -30,6 +31,8 @@ from polyvisor.spec.vm import Firmware, Mode, VMSpec
 # (524288–1879048191), below what some kernels' interfaces take for negative (https://systemd.io/UIDS-GIDS/).
 FIRST_USER = 1_900_000_000
 BLANK_GIB = 1
+LOG_LIMIT = 1 << 20
+LOG_KEPT = 256 << 10
 _GIB = 1024
 
 
@@ -80,11 +83,30 @@ def write_known_host(vm: VMDirectory, record: Record) -> None:
 
 async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
     """Make what a start needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables where there are none."""
+    with storage_errors(f"shortening the console log of VM '{vm.name}'"):
+        shorten_log(vm.console_log)
     mode = choose_mode(record.spec, image)
     made = [await _write_seed(vm, record, image, images, keys, mode), _copy_uefi_variables(vm, record, image, mode)]
     if record.user is not None:
         for path in filter(None, made):
             os.chown(path, record.user, record.user)
+
+
+def shorten_log(path: Path) -> None:
+    """Cut a log of over 1 MiB back to its last 256 KiB; one that is not there, or is no plain file, is left alone."""
+    try:
+        # The VM's process can write in this directory: never follow a link that it may have put there.
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    with os.fdopen(fd, "r+b") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size <= LOG_LIMIT:
+            return
+        file.seek(-LOG_KEPT, os.SEEK_END)
+        kept = file.read().partition(b"\n")[2]
+        file.seek(0)
+        file.write(kept)
+        file.truncate()
 
 
 async def _make_disks(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
