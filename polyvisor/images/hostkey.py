@@ -6,7 +6,7 @@ ed25519.c: the name of the algorithm and the 64 bytes of secret seed and public 
 
 from __future__ import annotations
 
-import base64
+import binascii
 import struct
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ def secret_of(pem: str) -> bytes:
     Raises ValueError for anything else.
     """
     lines = [line for line in pem.strip().splitlines() if not line.startswith("-----")]
-    blob = base64.b64decode("".join(lines), validate=True)
+    blob = binascii.a2b_base64("".join(lines), strict_mode=True)
     if not blob.startswith(_MAGIC + _string(b"none") * 2):
         raise ValueError("not an OpenSSH private key without passphrase")
     rest = blob[len(_MAGIC) + 2 * len(_string(b"none")) :]

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput, NotFound, PolyvisorError, WrongState
-from polyvisor.files import storage_errors, sync_directory, write_atomic
+from polyvisor.files import storage_errors, sync_directory, translated, write_atomic
 from polyvisor.images.image import Image, ImageFile, image_from_json, image_to_json
 from polyvisor.operation import Progress, Step, silent
 
@@ -64,6 +62,8 @@ class ImageStore:
             return sorted(entry.name for entry in os.scandir(self._names) if not entry.name.startswith("."))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise translated(error, "listing the images") from error
 
     def all(self) -> list[Image]:
         """All images in the store, named or still in use under an older name's id, by name and age."""
@@ -71,6 +71,8 @@ class ImageStore:
             ids = [entry.name for entry in os.scandir(self._store) if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise translated(error, "listing the images") from error
         return sorted((self.by_id(i) for i in ids), key=lambda image: (image.name, image.created_at))
 
     def find(self, name: str) -> Image | None:
@@ -107,6 +109,8 @@ class ImageStore:
             self._store.mkdir(mode=0o711, parents=True, exist_ok=True)
             self._names.mkdir(mode=0o711, parents=True, exist_ok=True)
             self._sweep()
+            import tempfile
+
             directory = Path(tempfile.mkdtemp(prefix=".new-", dir=self._store))
         lock = os.open(directory, os.O_RDONLY)
         try:
@@ -222,6 +226,8 @@ def _completed(staging: Path, image: Image, progress: Progress) -> Image:
         kernel=_measured(staging, image.kernel, progress),
         initrd=_measured(staging, image.initrd, progress),
     )
+    import hashlib
+
     image_id = hashlib.sha256(image_to_json(described).encode()).hexdigest()[:12]
     return replace(described, id=image_id, created_at=time.time())
 
@@ -235,6 +241,8 @@ def _measured(staging: Path, file: ImageFile | None, progress: Progress) -> Imag
 
 def sha256_of(path: Path, progress: Progress = silent) -> str:
     """The SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     digest = hashlib.sha256()
     total = path.stat().st_size
     with path.open("rb") as file:
