@@ -59,7 +59,8 @@ def _examine(device: Path, cpuinfo: Path) -> _Verdict:
     except FileNotFoundError:
         return _missing(device, flag, flags)
     except OSError as error:
-        return _not_openable(device, error)
+        # Rights to the device would not help a CPU that lacks the flag.
+        return _not_openable(device, error) if flag else _no_flag(device, flags)
     try:
         return _examine_open(fd, device, flag, flags)
     finally:
@@ -105,7 +106,7 @@ def _examine_open(fd: int, device: Path, flag: str | None, flags: frozenset[str]
     if version != _API_VERSION:
         return _Verdict(False, f"{device} speaks version {version} of KVM's interface, not {_API_VERSION}")
     if flag is None:
-        return _Verdict(False, f"{device} exists, but {_NO_FLAG}", _flag_remedy(flags))
+        return _no_flag(device, flags)
     from polyvisor.drivers.qemu.kvm_probe import ProbeFailed, run_probe
 
     try:
@@ -116,6 +117,10 @@ def _examine_open(fd: int, device: Path, flag: str | None, flags: frozenset[str]
 
 
 _NO_FLAG = "the CPU offers no hardware virtualization (no vmx or svm flag)"
+
+
+def _no_flag(device: Path, flags: frozenset[str]) -> _Verdict:
+    return _Verdict(False, f"{device} exists, but {_NO_FLAG}", _flag_remedy(flags))
 
 
 def _flag_remedy(flags: frozenset[str]) -> str:
