@@ -1,0 +1,42 @@
+# The short way to everything. `make` alone lists what there is.
+.POSIX:
+.PHONY: help setup demo test check format bench clean
+
+# uv as installed, or as scripts/setup.sh installs it. Looked up when a recipe runs.
+UV = $$(command -v uv || echo .venv-tools/bin/uv)
+
+help:
+	@echo 'make demo    set up what is missing, then start a virtual machine and log in to it'
+	@echo 'make test    set up what is missing, then check and test everything'
+	@echo 'make check   formatting, lint and types only'
+	@echo 'make bench   set up what is missing, then compare with bare QEMU and libvirt (under 15 minutes)'
+	@echo 'make format  format the code'
+	@echo 'make clean   remove what was built in this directory'
+	@echo 'No make? sh scripts/setup.sh does the set-up.'
+
+setup:
+	@sh scripts/setup.sh demo
+
+demo: setup
+	@sh scripts/demo.sh
+
+test:
+	@sh scripts/setup.sh test
+	@$(MAKE) --no-print-directory check
+	$(UV) run pytest
+
+check:
+	$(UV) run ruff check
+	$(UV) run ruff format --check
+	$(UV) run mypy
+
+format:
+	$(UV) run ruff check --fix
+	$(UV) run ruff format
+
+bench:
+	@sh scripts/setup.sh bench
+	$(UV) run python -m bench
+
+clean:
+	rm -rf .venv .venv-tools .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build reports
