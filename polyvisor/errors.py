@@ -54,9 +54,10 @@ class InvalidInput(PolyvisorError):
     http_status = 422
 
     def __init__(self, field: str, value: object, problem: str, *, hint: str | None = None) -> None:
-        super().__init__(f"{field}: {shortened(value)}: {problem}", hint=hint)
+        super().__init__(f"{shortened(field)[1:-1]}: {shortened(value)}: {problem}", hint=hint)
         self.field = field
         self.value = value
+        self.problem = problem
 
 
 class NotFound(PolyvisorError):
@@ -146,7 +147,16 @@ class ProcessFailed(PolyvisorError):
 
 def shortened(value: object, limit: int = 60) -> str:
     """`value` as one printable line of at most `limit` characters, for an error message."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        text = f"{type(value).__name__} of very many digits"
     text = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return f"'{text}'" if isinstance(value, str) else text
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, for a terminal: what would not print, or would steer the terminal, is escaped."""
+    text = " ".join(text.replace("\t", " ").splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -12,7 +12,9 @@ The home is $POLYVISOR_HOME; without it /var/lib/polyvisor for root and $XDG_DAT
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +53,8 @@ class Home:
         For root the way to VMs and images can be traversed (not listed) by others: each QEMU runs as a user of its own.
         """
         mode = 0o711 if os.geteuid() == 0 else 0o700
-        with storage_errors(f"preparing {self.path}"):
+        # A directory has its permissions from its first moment, whatever the umask: what is there is not looked at again.
+        with storage_errors(f"preparing {self.path}"), _umask(0o066):
             for directory, bits in (
                 (self.path, mode),
                 (self.vms, mode),
@@ -61,8 +64,16 @@ class Home:
                 (self.cache, 0o700),
             ):
                 if not directory.is_dir():
-                    directory.mkdir(parents=True, exist_ok=True)
-                    directory.chmod(bits)
+                    directory.mkdir(mode=bits, parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def default_home() -> Home:
@@ -71,5 +82,6 @@ def default_home() -> Home:
         return Home(Path(path).absolute())
     if os.geteuid() == 0:
         return Home(Path("/var/lib/polyvisor"))
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Home(Path(data) / "polyvisor")
+    data = Path(os.environ.get("XDG_DATA_HOME", ""))
+    # A relative one is to be ignored: XDG Base Directory Specification.
+    return Home((data if data.is_absolute() else Path.home() / ".local" / "share") / "polyvisor")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from polyvisor.errors import InvalidInput, ProcessFailed
 from polyvisor.host.api import HostApi, SSHTarget
@@ -20,7 +21,7 @@ SSH_FAILED = 255
 def ssh_argv(target: SSHTarget, *command: str) -> list[str]:
     """The command that logs in to a guest, or has its shell run `command`; raises Unavailable without OpenSSH."""
     program = find_program("ssh", package="openssh-client")
-    return [program, *_options(target), "-p", str(target.port), f"{target.user}@{target.address}", *command]
+    return [program, *_options(target), "-p", str(target.port), "--", f"{target.user}@{target.address}", *command]
 
 
 def scp_argv(target: SSHTarget, sources: Sequence[str], destination: str, *, recursive: bool = False) -> list[str]:
@@ -75,11 +76,17 @@ def _remote(path: str, target: SSHTarget) -> str:
     return f"{target.user}@{target.address}:{path.partition(':')[2]}"
 
 
+def _quoted(path: Path) -> str:
+    """`path` as OpenSSH reads it in a setting: % begins a token, quotes and backslashes are escaped (ssh_config(5))."""
+    escaped = str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def _options(target: SSHTarget) -> list[str]:
     settings = {
-        "IdentityFile": f'"{target.identity}"',
+        "IdentityFile": _quoted(target.identity),
         "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": f'"{target.known_hosts}"',
+        "UserKnownHostsFile": _quoted(target.known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
         "HostKeyAlias": target.alias,
         "StrictHostKeyChecking": "accept-new",

@@ -47,16 +47,25 @@ def tiny(cache: Path, image_store: ImageStore) -> Image:
     return asyncio.run(build_tiny(image_store, cache / "home" / "cache"))
 
 
-@pytest.fixture
-def empty_home() -> Iterator[Home]:
-    """A home with nothing in it; VMs that a test leaves there are killed."""
+@contextlib.contextmanager
+def temporary_home() -> Iterator[Home]:
+    """A home with nothing in it; VMs that are left there are killed, and it is removed."""
     path = Path(tempfile.mkdtemp(prefix="polyvisor-test-", dir="/tmp"))
     path.chmod(0o711)
     home = Home(path / "home")
     home.prepare()
-    yield home
-    asyncio.run(kill_all(home))
-    shutil.rmtree(path, ignore_errors=True)
+    try:
+        yield home
+    finally:
+        asyncio.run(kill_all(home))
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def empty_home() -> Iterator[Home]:
+    """A home with nothing in it."""
+    with temporary_home() as home:
+        yield home
 
 
 @pytest.fixture

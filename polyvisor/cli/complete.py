@@ -12,7 +12,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS)
+    parser.add_argument("shell", choices=SHELLS, help="shell to print it for")
     parser.set_defaults(action=_completion)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from polyvisor.errors import PolyvisorError, ProcessFailed
+from polyvisor.errors import PolyvisorError, ProcessFailed, one_line
 
 if TYPE_CHECKING:
     from polyvisor.cli.progress import Display
@@ -41,6 +42,7 @@ class Context:
         """Run the verb's coroutine to its end; the progress bar is gone by then."""
         import asyncio
 
+        gc.enable()  # main.py has switched it off
         try:
             return asyncio.run(work)
         finally:
@@ -86,4 +88,4 @@ def report(error: PolyvisorError, context: Context) -> None:
         print(to_json({"error": error.to_dict()}, indent=None), file=sys.stderr)
         return
     hint = f" ({error.hint})" if error.hint else ""
-    print(f"polyvisor: {' '.join(error.message.split())}{hint}", file=sys.stderr)
+    print(one_line(f"polyvisor: {' '.join(error.message.split())}{hint}"), file=sys.stderr)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from polyvisor.cli.context import Context, report
+from polyvisor.cli.parser import seconds
 from polyvisor.cli.show import describe, wait_flags
 from polyvisor.errors import InvalidInput, PolyvisorError
 from polyvisor.host.api import STOP_TIMEOUT_S
@@ -134,7 +135,7 @@ def _timeout(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument(
         "-t",
         "--timeout",
-        type=float,
+        type=seconds,
         default=STOP_TIMEOUT_S,
         metavar="SECONDS",
         help=f"{about} (default: %(default).0f)",

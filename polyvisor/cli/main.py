@@ -10,6 +10,7 @@ the status of the guest's command.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import argparse
     from typing import NoReturn
 
-    from polyvisor.cli.parser import Parser
 
 # Verb → module of polyvisor.cli, and what it does. The order is that of `polyvisor --help`.
 VERBS = {
@@ -50,6 +50,8 @@ VERBS = {
     "doctor": ("host", "check what works here and how to mend the rest"),
     "completion": ("complete", "print the shell's completion script"),
 }
+# Verbs that end with a command for the guest, after `--`.
+_WITH_COMMAND = ("ssh", "exec")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -68,12 +70,36 @@ def run(words: list[str]) -> int:
         status = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:
+        return _failed_output(words, error)
     return status
 
 
+def _discard_output() -> None:
+    """Let what can't be written go nowhere, or the interpreter would complain of it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _failed_output(words: list[str], error: OSError) -> int:
+    """Report output that can't be written; what reads or writes files of ours translates its own errors."""
+    from polyvisor.cli.context import Context, report
+    from polyvisor.files import translated
+
+    failure = translated(error, f"polyvisor {_verb(words) or ''}".strip())
+    report(failure, Context(debug="--debug" in words, json="--json" in words))
+    _discard_output()
+    return failure.exit_status
+
+
 def _run(words: list[str]) -> int:
+    # Nothing that is imported becomes garbage; looking for it would take a tenth of the start-up. Context.run ends this.
+    gc.disable()
+    _load_asyncio()
     from polyvisor.cli.context import Context, report
     from polyvisor.errors import PolyvisorError
 
@@ -96,30 +122,42 @@ def _run(words: list[str]) -> int:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options that `words` give; usage errors exit with status 2, as argparse does."""
-    verb = next((word for word in words if not word.startswith("-")), None)
+    verb = _verb(words)
     import argparse
 
     parser = build_parser([verb] if verb in VERBS else None)
-    # The common options may stand on either side of the verb, so neither parser may give them a default.
-    options = parser.parse_args(_before_remainder(words), argparse.Namespace(json=False, debug=False))
+    ours, remainder = _split(words) if verb in _WITH_COMMAND else (words, [])
+    options = parser.parse_args(ours, argparse.Namespace(json=False, debug=False))
     if not hasattr(options, "action"):
         parser.print_help()
         sys.exit(2 if words else 0)
-    options.remainder = _remainder(words)
+    # A -- after the command's first word is the command's own: polyvisor exec a git log -- FILE.
+    options.remainder = ["--", *remainder] if remainder and options.__dict__.get("command") else remainder
     return options
+
+
+def _load_asyncio() -> None:
+    """Import asyncio without TLS, which it knows to do without and nothing here uses through it: that saves 10 ms of 50."""
+    if "ssl" not in sys.modules:
+        sys.modules["ssl"] = None  # type: ignore[assignment]
+        try:
+            import_module("asyncio")
+        finally:
+            del sys.modules["ssl"]
+
+
+def _verb(words: Sequence[str]) -> str | None:
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def build_parser(verbs: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser of the verbs named, or of all of them."""
     from polyvisor.cli.parser import Parser
 
-    common = common_options()
     parser = Parser(
         prog="polyvisor",
         description="One virtual machine, any hypervisor.",
         epilog="polyvisor VERB --help tells more. Begin with: polyvisor run tiny",
-        parents=[common],
-        allow_abbrev=False,
     )
     parser.add_argument("-V", "--version", action="version", version=f"polyvisor {__version__}")
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
@@ -127,32 +165,15 @@ def build_parser(verbs: Sequence[str] | None = None) -> argparse.ArgumentParser:
         if verbs is None or verb in verbs:
             added = import_module(f"polyvisor.cli.{module}")
             getattr(added, f"add_{verb}")(
-                subparsers.add_parser(verb, help=about, description=f"{about[0].upper()}{about[1:]}.", parents=[common])
+                subparsers.add_parser(verb, help=about, description=f"{about[0].upper()}{about[1:]}.")
             )
     return parser
 
 
-def common_options() -> Parser:
-    """Options of every verb; they may stand before the verb or after it."""
-    import argparse
-
-    from polyvisor.cli.parser import Parser
-
-    common = Parser(add_help=False)
-    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    common.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show traces and the hypervisor's exact command"
-    )
-    return common
-
-
-def _before_remainder(words: list[str]) -> list[str]:
-    """`words` up to a `--`: what follows belongs to a command in the guest."""
-    return words[: words.index("--")] if "--" in words else words
-
-
-def _remainder(words: list[str]) -> list[str]:
-    return words[words.index("--") + 1 :] if "--" in words else []
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """`words` up to a `--`, and those after it, which belong to a command in the guest."""
+    where = words.index("--") if "--" in words else len(words)
+    return words[:where], words[where + 1 :]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from polyvisor.errors import PolyvisorError
+from polyvisor.errors import InvalidInput, PolyvisorError
+
+COMMON = {"--json": "print JSON", "--debug": "show traces and the hypervisor's exact command"}
 
 
 class UsageError(PolyvisorError):
@@ -21,8 +23,22 @@ class UsageError(PolyvisorError):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError instead of printing its usage and exiting."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # A flag that is cut short would change its meaning with the next flag that begins like it.
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        # Every verb, and every verb below a verb, takes these. They may stand on either side of it, so none has a default.
+        for flag, about in COMMON.items():
+            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=about)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(_shorter(message), hint=_nearest(message) or f"{self.prog} --help tells more")
+
+
+def seconds(text: str) -> float:
+    """The value of a --timeout; raises InvalidInput."""
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
+        raise InvalidInput("timeout", text, "is not a time", hint="write seconds, as 90 or 2.5")
+    return float(text)
 
 
 def _shorter(message: str) -> str:

@@ -54,7 +54,7 @@ class Display:
         if step.phase != self._phase or self._task is None:
             if self._task is not None:
                 bar.remove_task(self._task)
-            self._task = bar.add_task(step.phase, total=step.total)
+            self._task = bar.add_task(step.phase, total=step.total, amount=_amount(step))
         bar.update(self._task, completed=step.done, total=step.total, amount=_amount(step))
 
     def _start(self) -> Progress:
@@ -89,7 +89,7 @@ def _of(number: int, unit: str) -> str:
 def human_size(size: float) -> str:
     """Bytes as people read them: ``1.4 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
+        if size < (1024 if unit == "B" else 1023.95):
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"

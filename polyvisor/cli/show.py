@@ -6,6 +6,7 @@ import argparse
 import shlex
 
 from polyvisor.cli.context import Context, to_json
+from polyvisor.cli.parser import seconds
 from polyvisor.cli.table import age, memory, pairs, table
 from polyvisor.host.api import Details
 from polyvisor.spec.vm import Nic
@@ -17,7 +18,7 @@ def wait_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of verbs that may wait for the guest."""
     parser.add_argument("-w", "--wait", action="store_true", help="return when the guest's SSH server answers")
     parser.add_argument(
-        "--timeout", type=float, default=READY_S, metavar="SECONDS", help="how long to wait (default: %(default).0f)"
+        "--timeout", type=seconds, default=READY_S, metavar="SECONDS", help="how long to wait (default: %(default).0f)"
     )
 
 

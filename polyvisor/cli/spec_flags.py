@@ -13,12 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from polyvisor.errors import InvalidInput, NotFound
+from polyvisor.errors import InvalidInput, NotFound, PolyvisorError
 from polyvisor.files import storage_errors
 from polyvisor.spec.forward import parse_forward
+from polyvisor.spec.parse import structure, unstructure
 from polyvisor.spec.vm import MAX_USER_DATA, Disk, Nic, VMSpec
 
-_SIZE = re.compile(r"(\d{1,12})(?:\.(\d{1,3}))?\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,12})(?:\.(\d{1,3}))?\s*(?:([KMGT])(?:i?B)?)?\Z", re.IGNORECASE)
 _MIB = {"M": 1, "G": 1 << 10, "T": 1 << 20}
 
 
@@ -47,8 +48,8 @@ def spec_from_flags(options: argparse.Namespace, name: str) -> VMSpec:
     }
     readers: dict[str, Callable[[Any], Any]] = {
         "memory_mib": lambda v: size_mib(v, "memory"),
-        "disks": lambda v: tuple(Disk(size_gib=size_gib(item, f"disks[{i}]")) for i, item in enumerate(v)),
-        "nics": lambda v: tuple(Nic(network=item) for item in v),
+        "disks": lambda v: tuple(_disk(item, f"disks[{i}]") for i, item in enumerate(v)),
+        "nics": lambda v: tuple(structure({"network": item}, Nic, f"nics[{i}]") for i, item in enumerate(v)),
         "ssh_keys": _keys,
         "user_data": _user_data,
         "labels": _labels,
@@ -60,9 +61,10 @@ def spec_from_flags(options: argparse.Namespace, name: str) -> VMSpec:
 def size_mib(text: str, field: str) -> int:
     """``512``, ``512M``, ``1.5G`` → MiB; raises InvalidInput."""
     match = _SIZE.match(text.strip())
-    if match is None or match[3].upper() == "K":
+    unit = (match[3] or "").upper() if match else ""
+    if match is None or unit == "K":
         raise InvalidInput(field, text, "is not an amount of memory", hint="write 512M or 2G")
-    number = float(f"{match[1]}.{match[2] or 0}") * _MIB[match[3].upper() or "M"]
+    number = float(f"{match[1]}.{match[2] or 0}") * _MIB[unit or "M"]
     if number != int(number):
         raise InvalidInput(field, text, "is not a whole number of MiB", hint="write 512M or 2G")
     return int(number)
@@ -71,9 +73,14 @@ def size_mib(text: str, field: str) -> int:
 def size_gib(text: str, field: str) -> int:
     """``10``, ``10G``, ``2T`` → GiB; raises InvalidInput."""
     match = _SIZE.match(text.strip())
-    if match is None or match[2] or match[3].upper() not in ("", "G", "T"):
+    unit = (match[3] or "").upper() if match else ""
+    if match is None or match[2] or unit not in ("", "G", "T"):
         raise InvalidInput(field, text, "is not a size of a disk in whole GiB", hint="write 10G")
-    return int(match[1]) * (1024 if match[3].upper() == "T" else 1)
+    return int(match[1]) * (1024 if unit == "T" else 1)
+
+
+def _disk(text: str, place: str) -> Disk:
+    return structure({"size_gib": size_gib(text, place)}, Disk, place)
 
 
 def _flags(field: dataclasses.Field[Any]) -> list[str]:
@@ -100,7 +107,7 @@ def _whole(field: str) -> Any:
 
     def read(text: str) -> int:
         if not re.fullmatch(r"-?\d{1,18}", text):
-            raise InvalidInput(field, text, "is not a whole number")
+            raise InvalidInput(field, text, "is not a whole number", hint="write a number, as 2")
         return int(text)
 
     return read
@@ -121,15 +128,19 @@ def _choice(kind: type[Enum], field: str) -> Any:
 def _keys(texts: list[str]) -> tuple[str, ...]:
     from polyvisor.spec.load import read_ssh_key
 
-    return tuple(read_ssh_key(text) for text in texts)
+    return tuple(read_ssh_key(text, f"ssh_keys[{i}]") for i, text in enumerate(texts))
 
 
 def _user_data(name: str) -> str:
-    path = Path(name)
-    if not path.is_file():
-        raise NotFound(f"user data: there is no file {name}")
-    with storage_errors(f"reading {name}"), path.open("rb") as file:
-        raw = file.read(MAX_USER_DATA + 1)
+    try:
+        with storage_errors(f"reading {name}"), Path(name).open("rb") as file:
+            raw = file.read(MAX_USER_DATA + 1)
+    except PolyvisorError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise NotFound(f"user data: there is no file {name}") from error
+        raise
+    if len(raw) > MAX_USER_DATA:
+        raise InvalidInput("user_data", name, "is larger than 512 KiB", hint="let it fetch what is large")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -153,5 +164,5 @@ def _published(spec: VMSpec, forwards: list[str]) -> VMSpec:
         raise InvalidInput(
             "publish", forwards[0], "the VM has no network card", hint="leave --nic out, or use --nic user"
         )
-    first = dataclasses.replace(spec.nics[0], forwards=(*spec.nics[0].forwards, *forwards))
+    first = structure({**unstructure(spec.nics[0]), "forwards": forwards}, Nic, "nics[0]")
     return dataclasses.replace(spec, nics=(first, *spec.nics[1:]))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from polyvisor.cli.context import Context
+from polyvisor.cli.parser import seconds
 from polyvisor.errors import InvalidInput
 from polyvisor.host.api import SSHTarget
 from polyvisor.ssh import READY_S, guest_named, scp_argv, ssh_argv
@@ -70,4 +71,4 @@ def _target(parser: argparse.ArgumentParser) -> None:
 
 def _timeout(parser: argparse.ArgumentParser) -> None:
     about = "wait this long for the guest (default: %(default).0f)"
-    parser.add_argument("--timeout", type=float, default=READY_S, metavar="SECONDS", help=about)
+    parser.add_argument("--timeout", type=seconds, default=READY_S, metavar="SECONDS", help=about)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from polyvisor.errors import one_line
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """`rows` under `header`, columns aligned; an empty cell is shown as -."""
-    cells = [list(header), *([cell or "-" for cell in row] for row in rows)]
+    cells = [list(header), *([one_line(cell) or "-" for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -18,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
     """Labels and values, one a line."""
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+    return "\n".join(f"{label.ljust(width)}  {one_line(value)}" for label, value in rows)
 
 
 def age(since: float | None, now: float | None = None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from polyvisor.cli.context import Context
 from polyvisor.cli.lifecycle import show_command
 from polyvisor.cli.show import describe, wait_flags
 from polyvisor.cli.spec_flags import add_spec_flags, spec_from_flags
-from polyvisor.errors import InvalidInput, WrongState
+from polyvisor.errors import AlreadyExists, InvalidInput, WrongState
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import VMStatus
 
@@ -39,29 +40,38 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(context: Context, options: argparse.Namespace) -> int:
-    spec = spec_from_flags(options, options.name or _free_name(context, options.image))
-
     async def work() -> VMStatus:
-        status = await context.host.run(spec, context.progress)
+        status = await _make(context, options, context.host.run)
         if options.wait or options.ssh:
-            await context.host.wait_for_ssh(spec.name, timeout_s=options.timeout, progress=context.progress)
+            await context.host.wait_for_ssh(status.name, timeout_s=options.timeout, progress=context.progress)
         return status
 
     status = context.run(work())
-    show_command(context, spec.name)
+    show_command(context, status.name)
     if options.ssh:
         from polyvisor.cli.ssh import log_in
 
-        return log_in(context, spec.name, [])
+        return log_in(context, status.name, [])
     _announce(context, status)
     return 0
 
 
 def _create(context: Context, options: argparse.Namespace) -> int:
-    spec = spec_from_flags(options, options.name or _free_name(context, options.image))
-    status = context.run(context.host.create(spec, context.progress))
+    status = context.run(_make(context, options, context.host.create))
     _announce(context, status)
     return 0
+
+
+async def _make(context: Context, options: argparse.Namespace, verb: Callable[..., Awaitable[VMStatus]]) -> VMStatus:
+    """Create or run what the flags ask for: without a name one more VM, under a name that no other command gets."""
+    if options.name is not None:
+        return await verb(spec_from_flags(options, options.name), context.progress)
+    while True:
+        try:
+            spec = spec_from_flags(options, _free_name(context, options.image))
+            return await verb(spec, context.progress, new=True)
+        except AlreadyExists:  # taken since we looked
+            continue
 
 
 def _apply(context: Context, options: argparse.Namespace) -> int:
@@ -94,16 +104,13 @@ def _read(name: str) -> list[VMSpec]:
 
     if name != "-":
         return read_specs(Path(name))
-    try:
-        return load_specs(sys.stdin.buffer.read(MAX_FILE + 1).decode(), "standard input")
-    except UnicodeDecodeError as error:
-        raise InvalidInput("file", "-", "is not text in UTF-8") from error
+    return load_specs(sys.stdin.buffer.read(MAX_FILE + 1), "standard input")
 
 
 def _free_name(context: Context, image: str) -> str:
     """A name that no VM has: the image's and a number."""
     taken = set(context.host.store.names())
-    base = "".join(c if c.isalnum() else "-" for c in image.lower()).strip("-")[:40] or "vm"
+    base = "".join(c if c.isascii() and c.isalnum() else "-" for c in image.lower())[:40].strip("-") or "vm"
     for number in range(1, 100_000):
         if (name := f"{base}-{number}") not in taken:
             return name

@@ -88,7 +88,7 @@ class Driver(Protocol):
     async def command(self, boot: Boot) -> Command:
         """The exact command that starts `boot`; raises Unavailable, Unsupported."""
 
-    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> None:
+    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> Observed:
         """Run `command` in directory `vm`, as numeric `user` where the caller is root; raises CannotStart."""
 
     async def inspect(self, vm: VMDirectory) -> Observed:

@@ -62,11 +62,14 @@ class HostApi(Protocol):
 
     # VMs
 
-    async def create(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
-        """Make a VM without starting it. One of the same name and spec is left as it is; raises AlreadyExists otherwise."""
+    async def create(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
+        """Make a VM without starting it. One of the same name and spec is left as it is; raises AlreadyExists otherwise.
 
-    async def run(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
-        """Make a VM and start it; where the start fails, a VM that this call made is removed again."""
+        With `new` it raises AlreadyExists for any VM of that name: whoever makes up names never gets another's VM.
+        """
+
+    async def run(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
+        """Make a VM (as `create`) and start it; where the start fails, a VM that this call made is removed again."""
 
     async def vms(self) -> list[VMStatus]:
         """All VMs, by name."""

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyvisor.drivers.base import Driver
+from polyvisor.drivers.base import Driver, Observed
 from polyvisor.drivers.qemu.driver import QemuDriver
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host import prepare
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
 from polyvisor.host.images import Images
+from polyvisor.host.keys import reserve_host_key
 from polyvisor.host.machine import host_status, total_memory_mib
 from polyvisor.host.plan import (
     build_boot,
@@ -33,7 +33,7 @@ from polyvisor.host.plan import (
     derived_mac,
     explain_choice,
 )
-from polyvisor.host.record import Launch, Record, boot_id
+from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import VMDirectory, VMStore
 from polyvisor.images.image import Image
 from polyvisor.network.ports import chosen_forwards
@@ -76,17 +76,17 @@ class Host:
 
     # Making and removing
 
-    async def create(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
+    async def create(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
         image = await self._check(spec, progress)
         async with self.store.locked(spec.name, "create") as vm:
-            await self._create(vm, spec, image)
+            await self._create(vm, spec, image, new)
             return await self._status(vm)
 
-    async def run(self, spec: VMSpec, progress: Progress = silent) -> VMStatus:
+    async def run(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
         image = await self._check(spec, progress)
         async with self.store.locked(spec.name, "run") as vm, AsyncExitStack() as undo:
-            if await self._create(vm, spec, image):
-                undo.callback(self.store.remove, spec.name)
+            if await self._create(vm, spec, image, new):
+                undo.push_async_callback(self._discard, vm)
             status = await self._start(vm)
             undo.pop_all()
         return status
@@ -101,6 +101,11 @@ class Host:
             if not self.store.remove(name):
                 raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
 
+    async def _discard(self, vm: VMDirectory) -> None:
+        """Undo the making of a VM, which may run by now (Ctrl-C can come at any time)."""
+        await self.driver.kill(vm)
+        self.store.remove(vm.name)
+
     async def _check(self, spec: VMSpec, progress: Progress) -> Image:
         """Everything that can be wrong with `spec` on this host, changing nothing but the image store."""
         choose_accelerator(spec, await self.capabilities())
@@ -112,15 +117,15 @@ class Host:
         prepare.check_disk_sizes(spec, image)
         return image
 
-    async def _create(self, vm: VMDirectory, spec: VMSpec, image: Image) -> bool:
-        """Make the VM whose lock is held; returns False where it is there already, with the same spec."""
+    async def _create(self, vm: VMDirectory, spec: VMSpec, image: Image, new: bool) -> bool:
+        """Make the VM whose lock is held; returns False where it is there already, with the same spec, and may be."""
         if vm.path.is_dir():
-            if vm.record.spec == spec:
+            if not new and vm.record.spec == spec:
                 return False
             hint = f"choose another name, or: polyvisor rm {spec.name}"
             raise AlreadyExists(f"there is a VM '{spec.name}' already, with another spec", hint=hint)
         record = Record(
-            id=str(uuid.uuid4()),
+            id=new_id(),
             created_at=time.time(),
             spec=spec,
             image_id=image.id,
@@ -128,7 +133,7 @@ class Host:
             user=prepare.new_user(self.home),
         )
         with self.images.store.held(image), self.store.creating(spec.name) as staging:
-            await prepare.fill(staging, record, image, self.images.store)
+            await prepare.fill(staging, record, image, self.images.store, self.home.keys)
         return True
 
     # Starting and stopping
@@ -147,15 +152,17 @@ class Host:
         await prepare.refresh(vm, record, image, self.images.store, self.home.keys)
         for attempt in range(1, _PORT_TRIES + 1):
             try:
-                await self._launch(vm, record, image, chosen, explain_choice(chosen, capabilities))
+                observed = await self._launch(vm, record, image, chosen, explain_choice(chosen, capabilities))
                 break
             except PolyvisorError as error:
                 # Someone took a port between our look and QEMU's: look for another one.
                 if attempt == _PORT_TRIES or "host forwarding" not in error.message:
                     raise
-        return await self._status(vm)
+        return self._status_of(vm, observed)
 
-    async def _launch(self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str) -> None:
+    async def _launch(
+        self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str
+    ) -> Observed:
         boot = build_boot(record, image, self.images.store.directory(image), chosen.name, vm.launch())
         command = await self.driver.command(boot)
         vm.write_launch(
@@ -170,7 +177,11 @@ class Host:
                 forwards=tuple(forward for nic in boot.nics for forward in nic.forwards),
             )
         )
-        await self.driver.start(vm, command, record.user)
+        reserve = asyncio.create_task(reserve_host_key(self.home.keys))
+        try:
+            return await self.driver.start(vm, command, record.user)
+        finally:
+            await reserve
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         async with self._locked(name, "stop") as vm:
@@ -260,8 +271,10 @@ class Host:
             )
 
     async def _status(self, vm: VMDirectory) -> VMStatus:
+        return self._status_of(vm, await self.driver.inspect(vm))
+
+    def _status_of(self, vm: VMDirectory, observed: Observed) -> VMStatus:
         record, launch = vm.record, vm.launch()
-        observed = await self.driver.inspect(vm)
         alive = observed.state.alive
         return VMStatus(
             name=vm.name,

@@ -1,17 +1,29 @@
-"""SSH keys, made by ssh-keygen: the pair of a home, with which Polyvisor logs in to guests, and each VM's host key."""
+"""SSH keys, made by ssh-keygen: the pair of a home, with which Polyvisor logs in to guests, and each VM's host key.
+
+Making a host key takes longer than all the rest of making a VM, so each start leaves one in reserve while it waits for
+the hypervisor, and the next VM takes it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import tempfile
+import fcntl
+import os
+import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+from polyvisor.errors import PolyvisorError
 from polyvisor.files import storage_errors
 from polyvisor.images.hostkey import HostKey
 from polyvisor.process import find_program, run
 
+SSH = "ssh"
 HOST_KEY = "host_key"
-KNOWN_HOSTS = "known_hosts"
+KNOWN_HOSTS = Path(SSH, "known_hosts")
+RESERVE = "reserve"
+_POLL_S = 0.02
 
 
 async def login_key(keys: Path) -> tuple[Path, str]:
@@ -26,27 +38,68 @@ async def login_key(keys: Path) -> tuple[Path, str]:
         return private, public.read_text().strip()
 
 
-async def make_host_key(directory: Path) -> None:
-    """Make a VM's host key in its `directory`, which nobody else sees yet."""
+async def give_host_key(vm: Path, keys: Path) -> None:
+    """Give the VM that is being made in directory `vm` a host key: the one in reserve in `keys`, or a new one."""
+    with storage_errors("making the host key"):
+        try:
+            (keys / RESERVE).rename(vm / SSH)
+        except FileNotFoundError:
+            await _make_host_key(vm / SSH)
+
+
+async def reserve_host_key(keys: Path) -> None:
+    """See to it that there is a host key in reserve; it is no failure if that fails."""
+    if (keys / RESERVE).exists():
+        return
+    made = keys / f".{RESERVE}"
+    with contextlib.suppress(PolyvisorError, OSError):
+        async with _alone(keys):
+            if not (keys / RESERVE).exists():
+                shutil.rmtree(made, ignore_errors=True)  # left by a command that was killed
+                await _make_host_key(made)
+                made.rename(keys / RESERVE)
+
+
+async def _make_host_key(directory: Path) -> None:
+    directory.mkdir(mode=0o700)
     await _keygen("-C", "", "-f", str(directory / HOST_KEY))
 
 
-def read_host_key(directory: Path) -> HostKey:
-    """The host key of the VM in `directory`."""
+def read_host_key(vm: Path) -> HostKey:
+    """The host key of the VM in directory `vm`."""
     with storage_errors("reading the host key"):
-        public = (directory / f"{HOST_KEY}.pub").read_text().strip()
-        return HostKey(private=(directory / HOST_KEY).read_text(), public=public)
+        public = (vm / SSH / f"{HOST_KEY}.pub").read_text().strip()
+        return HostKey(private=(vm / SSH / HOST_KEY).read_text(), public=public)
 
 
 async def _make_login_key(private: Path) -> None:
-    """Make the pair in a directory of its own, then move it into place; who comes second finds the first one's."""
-    with tempfile.TemporaryDirectory(dir=private.parent) as directory:
-        made = Path(directory) / "key"
-        await _keygen("-C", "polyvisor", "-f", str(made))
-        with contextlib.suppress(FileExistsError):
-            private.hardlink_to(made)
-        made.with_suffix(".pub").write_text(await _public_of(private))
-        made.with_suffix(".pub").replace(private.with_suffix(".pub"))
+    """Make the pair beside its place, and move the public key there last: whoever is killed on the way can be followed."""
+    made, public = private.with_name(".new"), private.with_name(".new.pub")
+    with storage_errors("making Polyvisor's SSH key"):
+        async with _alone(private.parent):
+            if not private.exists():
+                made.unlink(missing_ok=True)
+                public.unlink(missing_ok=True)
+                await _keygen("-C", "polyvisor", "-f", str(made))
+                made.rename(private)
+            public.write_text(await _public_of(private))
+            public.replace(private.with_suffix(".pub"))
+
+
+@contextlib.asynccontextmanager
+async def _alone(directory: Path) -> AsyncIterator[None]:
+    """Hold the lock on `directory`."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(_POLL_S)
+        yield
+    finally:
+        os.close(fd)
 
 
 async def _public_of(private: Path) -> str:

@@ -5,7 +5,8 @@ Pure functions: what they need to know of the host is handed to them.
 
 from __future__ import annotations
 
-import hashlib
+import zlib
+from itertools import chain, islice
 from pathlib import Path
 
 from polyvisor.drivers.base import Boot, BootDisk, BootNic
@@ -14,6 +15,7 @@ from polyvisor.errors import InvalidInput, Unsupported
 from polyvisor.host.record import Launch, Record
 from polyvisor.images.image import Image, Seed
 from polyvisor.network.ports import chosen_forwards, wanted_forwards
+from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import DeviceModel, Firmware, Hypervisor, Mode, VMSpec
 from polyvisor.status import Accelerator, Capabilities
 
@@ -131,19 +133,26 @@ def boot_disks(spec: VMSpec, image: Image, image_directory: Path) -> tuple[BootD
 
 def boot_nics(record: Record, last: Launch | None) -> tuple[BootNic, ...]:
     """The network cards, ports chosen; raises InvalidInput where a port is taken."""
-    nics = []
+    wanted: list[list[Forward]] = []
     for i, nic in enumerate(record.spec.nics):
         # One forward to SSH is enough: the first card on a user network has it.
         first = all(other.network != "user" for other in record.spec.nics[:i])
-        wanted = wanted_forwards(nic.forwards, ssh=first) if nic.network == "user" else []
-        forwards = chosen_forwards(wanted, last.forwards if last else ())
-        nics.append(BootNic(mac=nic.mac or derived_mac(record.id, i), network=nic.network, forwards=forwards))
-    return tuple(nics)
+        wanted.append(wanted_forwards(nic.forwards, ssh=first) if nic.network == "user" else [])
+    # All cards share the host's ports, so these are chosen together.
+    chosen = iter(chosen_forwards(chain.from_iterable(wanted), last.forwards if last else ()))
+    return tuple(
+        BootNic(
+            mac=nic.mac or derived_mac(record.id, i),
+            network=nic.network,
+            forwards=tuple(islice(chosen, len(wanted[i]))),
+        )
+        for i, nic in enumerate(record.spec.nics)
+    )
 
 
 def derived_mac(vm_id: str, index: int) -> str:
     """A MAC address that is always the same for a VM's network card: QEMU's prefix and a hash (locally administered)."""
-    digest = hashlib.sha256(f"{vm_id}/{index}".encode()).digest()
+    digest = zlib.crc32(f"{vm_id}/{index}".encode()).to_bytes(4, "big")
     return ":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *digest[:3]))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from polyvisor.errors import InvalidInput
 from polyvisor.files import storage_errors, write_atomic
 from polyvisor.home import Home
-from polyvisor.host.keys import KNOWN_HOSTS, login_key, make_host_key, read_host_key
+from polyvisor.host.keys import KNOWN_HOSTS, give_host_key, login_key, read_host_key
 from polyvisor.host.plan import (
     SEED_DISK,
     SEEDED_INITRD,
@@ -23,7 +23,7 @@ from polyvisor.host.plan import (
 from polyvisor.host.record import Record
 from polyvisor.host.store import VMDirectory
 from polyvisor.images.image import Image, Seed
-from polyvisor.images.seed import SeedData, nocloud_iso, with_seed
+from polyvisor.images.seed import SeedData, nocloud_iso, write_seeded
 from polyvisor.images.store import ImageStore
 from polyvisor.spec.vm import Firmware, Mode, VMSpec
 
@@ -61,11 +61,13 @@ def check_disk_sizes(spec: VMSpec, image: Image) -> None:
         raise InvalidInput("disks[0].size_gib", spec.disks[0].size_gib, problem, hint=f"ask for {least} or more")
 
 
-async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
+async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
     """Put a new VM's disks and record into its directory, the record last."""
     await _make_disks(vm, record, image, images)
-    if image.seed is not Seed.NONE:
-        await make_host_key(vm.path)
+    if image.seed is Seed.NONE:
+        (vm.path / KNOWN_HOSTS).parent.mkdir(mode=0o700)  # for the key that the guest shows at the first login
+    else:
+        await give_host_key(vm.path, keys)
         write_known_host(vm, record)
     if record.user is not None:
         vm.path.chmod(0o711)
@@ -144,10 +146,7 @@ async def _write_seed(
             nocloud_iso(data, vm.path / SEED_DISK)
             return vm.path / SEED_DISK
         assert image.initrd is not None  # noqa: S101 - checked above
-        (vm.path / SEEDED_INITRD).unlink(missing_ok=True)
-        fd = os.open(vm.path / SEEDED_INITRD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(with_seed(images.file(image, image.initrd).read_bytes(), data))
+        write_seeded(images.file(image, image.initrd), data, vm.path / SEEDED_INITRD)
     return vm.path / SEEDED_INITRD
 
 

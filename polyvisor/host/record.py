@@ -7,6 +7,7 @@ how the VM was last started: exact arguments, versions, ports. Both are JSON tha
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,8 @@ def record_to_json(record: Record) -> str:
 
 
 def record_from_json(text: str | bytes) -> Record:
-    """The record that `record_to_json` wrote; raises ValueError, TypeError, KeyError or InvalidInput for others."""
-    raw = _checked(text)
-    return Record(**{key: raw[key] for key in _RECORD_KEYS}, spec=structure(raw["spec"], VMSpec))
+    """The record that `record_to_json` wrote; raises ValueError or InvalidInput for anything else."""
+    return structure(_checked(text), Record)
 
 
 def launch_to_json(launch: Launch) -> str:
@@ -64,11 +64,16 @@ def launch_to_json(launch: Launch) -> str:
 
 
 def launch_from_json(text: str | bytes) -> Launch:
-    """The launch record that `launch_to_json` wrote; raises ValueError, TypeError or KeyError for anything else."""
-    raw = _checked(text)
-    return Launch(
-        **{**raw, "argv": tuple(raw["argv"]), "forwards": tuple(Forward(**forward) for forward in raw["forwards"])}
-    )
+    """The launch record that `launch_to_json` wrote; raises ValueError or InvalidInput for anything else."""
+    return structure(_checked(text), Launch)
+
+
+def new_id() -> str:
+    """A random UUID (RFC 9562, version 4); the standard library's module for them costs more to import than this."""
+    raw = bytearray(os.urandom(16))
+    raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
+    digits = raw.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def boot_id() -> str:
@@ -80,7 +85,12 @@ _RECORD_KEYS = ("id", "created_at", "image_id", "memory_mib", "user")
 
 
 def _checked(text: str | bytes) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads(text)
-    if (version := raw.pop("format")) != FORMAT:
+    try:
+        raw = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
+    if not isinstance(raw, dict):
+        raise ValueError("it is no JSON object")
+    if (version := raw.pop("format", None)) != FORMAT:
         raise ValueError(f"its format is {version}; this Polyvisor reads {FORMAT}")
     return raw

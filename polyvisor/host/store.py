@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 
 from polyvisor.errors import AlreadyExists, Busy, InvalidInput, NotFound, PolyvisorError
-from polyvisor.files import is_flocked, storage_errors, sync_directory, write_atomic
+from polyvisor.files import is_flocked, storage_errors, sync_directory, translated, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_json, record_from_json, record_to_json
 from polyvisor.spec.vm import check_name
@@ -72,7 +72,9 @@ class VMDirectory:
             return record_from_json((self.path / "vm.json").read_bytes())
         except FileNotFoundError as error:
             raise NotFound(f"there is no VM '{self.name}'", hint="polyvisor ls shows those that are") from error
-        except (ValueError, TypeError, KeyError, InvalidInput) as error:
+        except OSError as error:
+            raise translated(error, f"reading VM '{self.name}'") from error
+        except (ValueError, InvalidInput) as error:
             raise self._unreadable("vm.json", error) from error
 
     def launch(self) -> Launch | None:
@@ -81,14 +83,18 @@ class VMDirectory:
             return launch_from_json((self.path / "launch.json").read_bytes())
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except OSError as error:
+            raise translated(error, f"reading VM '{self.name}'") from error
+        except (ValueError, InvalidInput) as error:
             raise self._unreadable("launch.json", error) from error
 
     def write_record(self, record: Record) -> None:
-        write_atomic(self.path / "vm.json", record_to_json(record))
+        with storage_errors("writing the VM's record"):
+            write_atomic(self.path / "vm.json", record_to_json(record))
 
     def write_launch(self, launch: Launch) -> None:
-        write_atomic(self.path / "launch.json", launch_to_json(launch))
+        with storage_errors("writing the VM's launch record"):
+            write_atomic(self.path / "launch.json", launch_to_json(launch))
 
     def alive(self) -> bool:
         """Whether the VM's hypervisor process lives.
@@ -116,9 +122,12 @@ class VMStore:
 
     def names(self) -> list[str]:
         try:
-            return sorted(entry.name for entry in os.scandir(self.home.vms) if not entry.name.startswith("."))
+            with os.scandir(self.home.vms) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise translated(error, "listing the VMs") from error
 
     def get(self, name: str) -> VMDirectory:
         """The directory of VM `name`; raises NotFound, InvalidInput."""
@@ -142,8 +151,9 @@ class VMStore:
                 raise Busy(f"VM '{name}' is busy: {_holder(path)}", hint="try again when that has ended")
             await asyncio.sleep(_POLL_S)
         try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
+            with contextlib.suppress(OSError):  # it is only for whoever wonders who holds the lock
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
             yield directory
         finally:
             if not directory.path.exists():
@@ -162,11 +172,10 @@ class VMStore:
         staging = VMDirectory(final.path.with_name(f".new-{name}"))
         with storage_errors(f"creating VM '{name}'"):
             self._sweep(name)
-            staging.path.mkdir(mode=0o700)
-            staging.disks.mkdir(mode=0o700)
-            staging.run.mkdir(mode=0o700)
         try:
             with storage_errors(f"creating VM '{name}'"):
+                for directory in (staging.path, staging.disks, staging.run):
+                    directory.mkdir(mode=0o700)
                 yield staging
                 staging.path.rename(final.path)
                 sync_directory(self.home.vms)
@@ -218,6 +227,6 @@ def _holder(path: Path) -> str:
     """Who holds the lock on `path`, in words."""
     try:
         holder = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return f"'{holder['verb']}' is at work on it (process {holder['pid']})"
+    except (OSError, ValueError, TypeError, KeyError):
         return "another command is at work on it"
-    return f"'{holder['verb']}' is at work on it (process {holder['pid']})"

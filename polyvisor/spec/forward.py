@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 
-from polyvisor.errors import InvalidInput
+from polyvisor.errors import InvalidInput, shortened
 
 _FORMS = "write HOST_PORT:GUEST_PORT, ADDRESS:HOST_PORT:GUEST_PORT or :GUEST_PORT, with /udp at the end for UDP"
 
@@ -28,7 +27,7 @@ def parse_forward(text: str, field: str = "forward") -> Forward:
     """The forward that `text` asks for; raises InvalidInput, which names `field`."""
     body, slash, protocol = text.partition("/")
     if slash and protocol not in ("tcp", "udp"):
-        raise InvalidInput(field, text, f"the protocol '{protocol}' is neither tcp nor udp", hint=_FORMS)
+        raise InvalidInput(field, text, f"the protocol {shortened(protocol)} is neither tcp nor udp", hint=_FORMS)
     address, host, guest = _split(body, text, field)
     return Forward(
         host_port=_port(host, text, field, lowest=0) if host else 0,
@@ -47,14 +46,17 @@ def _split(body: str, text: str, field: str) -> tuple[str, str, str]:
         return "", parts[0], parts[1]
     if len(parts) != 3:
         raise InvalidInput(field, text, "is not a port forward", hint=_FORMS)
+    import ipaddress
+
     try:
         ipaddress.IPv4Address(parts[0])
     except ValueError as error:
-        raise InvalidInput(field, text, f"'{parts[0]}' is not an IPv4 address of this host", hint=_FORMS) from error
+        problem = f"{shortened(parts[0])} is not an IPv4 address of this host"
+        raise InvalidInput(field, text, problem, hint=_FORMS) from error
     return parts[0], parts[1], parts[2]
 
 
 def _port(digits: str, text: str, field: str, *, lowest: int) -> int:
     if not (digits.isascii() and digits.isdigit() and lowest <= int(digits[:6]) <= 65535 and len(digits) <= 5):
-        raise InvalidInput(field, text, f"'{digits}' is not a port from {lowest} to 65535", hint=_FORMS)
+        raise InvalidInput(field, text, f"{shortened(digits)} is not a port from {lowest} to 65535", hint=_FORMS)
     return int(digits)

@@ -96,7 +96,7 @@ def _convert_enum(value: object, kind: type[Enum], path: str) -> Enum:
 
 
 def _type_hint(value: object, kind: type, path: str) -> str | None:
-    if kind is str:
+    if kind is str and isinstance(value, (int, float)) and abs(value) < 1e15 and len(path) < 100:
         return f'put it in quotes: {path.rpartition(".")[2]}: "{value}"'
     if kind is int and isinstance(value, str) and value[:1].isdigit():
         return "write the number alone: the field's name has its unit"
@@ -130,10 +130,9 @@ def _join(path: str, key: str) -> str:
 def _prefixed(error: InvalidInput, path: str) -> InvalidInput:
     if not path:
         return error
-    problem = error.message.split(": ", 2)[2]
-    return InvalidInput(_join(path, error.field), error.value, problem, hint=error.hint)
+    return InvalidInput(_join(path, error.field), error.value, error.problem, hint=error.hint)
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    near = get_close_matches(key, known, 1)
+    near = get_close_matches(key[:100], known, 1)
     return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"

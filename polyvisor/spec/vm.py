@@ -23,7 +23,7 @@ MAX_NICS = 8
 MAX_USER_DATA = 512 << 10
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
-_CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
+_CPU = re.compile(r"(?!help\Z)[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
 _MAC = re.compile(r"[0-9a-f][02468ace](?::[0-9a-f]{2}){5}\Z")
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?\Z")
 _SSH_KEY = re.compile(r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+(?: [^\r\n\0]*)?\Z")
@@ -177,13 +177,22 @@ class VMSpec:
             raise InvalidInput(
                 "cmdline", self.cmdline, "is not a kernel command line", hint="at most 1024 printable characters"
             )
-        if self.user_data is not None and len(self.user_data.encode()) > MAX_USER_DATA:
-            raise InvalidInput("user_data", self.user_data, "is larger than 512 KiB", hint="let it fetch what is large")
+        if self.user_data is not None:
+            _check_user_data(self.user_data)
         for i, key in enumerate(self.ssh_keys):
             if not _SSH_KEY.match(key):
                 raise InvalidInput(
                     f"ssh_keys[{i}]", key, "is not a public SSH key", hint="ssh-keygen -t ed25519 makes a pair"
                 )
+
+
+def _check_user_data(text: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInput("user_data", text, "can't be written in UTF-8", hint="leave half characters out") from error
+    if size > MAX_USER_DATA:
+        raise InvalidInput("user_data", text, "is larger than 512 KiB", hint="let it fetch what is large")
 
 
 def check_name(name: str) -> str:

@@ -196,12 +196,16 @@ async def _hear(reader: asyncio.StreamReader, word: bytes) -> bytes:
 
 
 async def _greeting(port: int) -> bytes:
-    async with asyncio.timeout(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            return await reader.readline()
-        finally:
-            writer.close()
+    """The first line that the guest's server says; it may be a moment before that listens."""
+    async with asyncio.timeout(30):
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                if line := await reader.readline():
+                    return line
+            finally:
+                writer.close()
+            await asyncio.sleep(0.2)
 
 
 async def _until_state(api: HostApi, name: str, state: VMState) -> None:

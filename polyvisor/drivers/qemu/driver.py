@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,6 +37,7 @@ START_S = 60.0
 ANSWER_S = 10.0
 OBSERVE_S = 3.0
 KILL_S = 10.0
+TERMINATE_S = 2.0
 _POLL_S = 0.005
 _LOG_TAIL = 4096
 
@@ -105,7 +107,7 @@ class QemuDriver:
         code = find_uefi()[0] if boot.firmware is Firmware.UEFI else None
         return Command(argv=tuple(build_argv(qemu.binary, boot, code)), version=qemu.version)
 
-    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> None:
+    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> Observed:
         """Run `command` in directory `vm` and wait until QEMU answers; raises CannotStart.
 
         As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
@@ -116,7 +118,7 @@ class QemuDriver:
             process = _spawn(vm, command.argv, user)
         try:
             async with connected(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None):
-                pass
+                return Observed(state=VMState.RUNNING, pid=process.pid)
         except (QMPLost, TimedOut) as error:
             _end(process)
             raise CannotStart(_last_words(vm) or error.message, hint=_start_hint(vm)) from error
@@ -145,14 +147,19 @@ class QemuDriver:
 
     async def kill(self, vm: VMDirectory) -> None:
         """End QEMU: by QMP where it answers at once, otherwise by signal. Returns when it has ended."""
-        with contextlib.suppress(QMPLost, TimedOut, OSError):
+        patience_s = KILL_S
+        try:
             async with self._monitor(vm, timeout_s=1.0) as monitor:
                 await monitor.execute("quit")
-        if await _ended(vm, 2.0):
+        except QMPLost:
+            pass  # it ends
+        except (TimedOut, OSError):
+            patience_s = 0.0
+        if await _ended(vm, patience_s):
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            await _signal(vm, number)
-            if await _ended(vm, KILL_S):
+        for number, patience_s in ((signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, KILL_S)):
+            _signal(vm, number)
+            if await _ended(vm, patience_s):
                 (vm.path / PID_FILE).unlink(missing_ok=True)
                 return
         raise TimedOut(f"the process of VM '{vm.name}' does not end", hint="look for it with ps")
@@ -291,31 +298,35 @@ async def _ended(vm: VMDirectory, timeout_s: float) -> bool:
     return True
 
 
-async def _signal(vm: VMDirectory, number: signal.Signals) -> None:
-    """Send a signal to the VM's process, once that has written its pid file."""
-    deadline = time.monotonic() + KILL_S
-    while vm.alive() and time.monotonic() < deadline:
-        if (pid := _lock_owner(vm)) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-            return
-        await asyncio.sleep(_POLL_S)
+def _signal(vm: VMDirectory, number: signal.Signals) -> None:
+    """Send a signal to the VM's process."""
+    for pid in _lock_holders(vm):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
-def _lock_owner(vm: VMDirectory) -> int | None:
-    """The pid in the pid file, where that process really has the VM's `alive` file open."""
-    pid = _pid(vm)
-    if pid is None:
-        return None
+def _lock_holders(vm: VMDirectory) -> list[int]:
+    """The processes that have the VM's `alive` file open for writing, as QEMU does and whoever only looks does not.
+
+    The pid file is no help: a start that was cut off has not written it yet, and the guest's process may write there.
+    """
+    identity = vm.alive_file.stat()
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit() and _writes(entry.path, identity)]
+
+
+def _writes(process: str, identity: os.stat_result) -> bool:
+    """Whether a process has the file open for writing: its link in /proc/PID/fd has the permissions of the descriptor."""
     try:
-        identity = vm.alive_file.stat()
-        for entry in os.scandir(f"/proc/{pid}/fd"):
+        for entry in os.scandir(f"{process}/fd"):
             with contextlib.suppress(OSError):
-                if os.path.samestat(entry.stat(), identity):
-                    return pid
-    except OSError:
-        return None
-    return None
+                if (
+                    os.path.samestat(entry.stat(), identity)
+                    and entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR
+                ):
+                    return True
+    except OSError:  # another user's process, or one that has just ended
+        return False
+    return False
 
 
 async def _is_down(monitor: Monitor) -> bool:

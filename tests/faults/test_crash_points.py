@@ -1,0 +1,366 @@
+"""`kill -9` of the command line at every step of its verbs: nothing is lost, nothing is left, and the same again succeeds.
+
+Each verb is walked: it is killed at its first step, at its second, and so on until it comes to its end unharmed (see
+`launcher`). After every kill the list of VMs must make sense, the same command must succeed, and the VM's disk must hold
+what was written on it before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import random
+import shutil
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from polyvisor.errors import NotFound
+from polyvisor.home import Home
+from polyvisor.spec.vm import Disk, VMSpec
+from tests.conftest import kill_all
+from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, finish, qemus
+
+pytestmark = pytest.mark.qemu
+
+RUN = ("run", "tiny", "--name", "vm", "--disk", "1G")
+WORKERS = 2
+SENSIBLE = {"running", "paused", "stopped", "crashed"}
+MARKER = "0x5a"
+
+
+class Walk:
+    """Walks a command through its steps, in several homes at a time: `step` gets a launcher and the step's number.
+
+    It returns what came of the disturbed command; the walk ends with the first one that came to its end.
+    """
+
+    def __init__(self, launchers: list[Launcher], step: Callable[[Launcher, int], Done]) -> None:
+        self._launchers, self._step = launchers, step
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def walk(self) -> int:
+        """The number of steps walked."""
+        with ThreadPoolExecutor(len(self._launchers)) as pool:
+            return sum(pool.map(self._worker, self._launchers))
+
+    def _worker(self, launcher: Launcher) -> int:
+        walked = 0
+        while True:
+            with self._lock:
+                number = next(self._numbers)
+            try:
+                done = self._step(launcher, number)
+            except AssertionError as error:
+                raise AssertionError(f"step {number}: {error}") from error
+            if done.finished:
+                return walked
+            walked += 1
+
+
+@pytest.fixture
+def launchers(home: Home) -> Iterator[list[Launcher]]:
+    """A launcher for each of several homes, so that several steps can be walked at a time."""
+    found = [Launcher(home.path), *(Launcher(_sibling(home.path, i)) for i in range(1, WORKERS))]
+    yield found
+    for launcher in found:
+        launcher.close()
+        asyncio.run(kill_all(Home(launcher.home)))
+
+
+def _sibling(home: Path, number: int) -> Path:
+    path = home.with_name(f"home{number}")
+    Home(path).prepare()
+    with_images(path, (home / "images").readlink())
+    return path
+
+
+def with_images(home: Path, images: Path) -> None:
+    """Let a home, which has no images of its own, have those at `images`."""
+    if not (home / "images").is_symlink():
+        (home / "images").rmdir()
+        (home / "images").symlink_to(images)
+
+
+def qemu_io(launcher: Polyvisor | Launcher, *commands: str) -> str:
+    disk = launcher.home / "vms/vm/disks/disk0.qcow2"
+    words = [word for command in commands for word in ("-c", command)]
+    done = subprocess.run(["qemu-io", "-f", "qcow2", *words, str(disk)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def mark(launcher: Launcher) -> None:
+    """Write what must not get lost onto the disk of the VM, which must not be running."""
+    qemu_io(launcher, f"write -q -P {MARKER} 1M 64k", "flush")
+
+
+def assert_marked(launcher: Polyvisor | Launcher) -> None:
+    said = qemu_io(launcher, f"read -P {MARKER} 1M 64k")
+    assert "Pattern verification failed" not in said, said
+    check = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", str(launcher.home / "vms/vm/disks/disk0.qcow2")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode in (0, 3), check  # 3: leaked clusters waste space, and nothing else
+
+
+def assert_sensible(launcher: Polyvisor | Launcher) -> str | None:
+    """The state of the VM as it is listed, None where there is none; nothing else is listed."""
+    states = {status.name: status.state.value for status in asyncio.run(launcher.host().vms())}
+    assert set(states) <= {"vm"}, states
+    assert set(states.values()) <= SENSIBLE, states
+    assert len(qemus(launcher.home)) == (states.get("vm") in ("running", "paused")), states
+    return states.get("vm")
+
+
+def remove(launcher: Polyvisor | Launcher) -> None:
+    """`rm --force` removes the VM, or what is left of it, wholly."""
+    with contextlib.suppress(NotFound):
+        asyncio.run(launcher.host().remove("vm", force=True))
+    assert_nothing_left(launcher.home)
+
+
+def create(launcher: Launcher) -> None:
+    """A new VM, with something on its disk."""
+    asyncio.run(launcher.host().create(VMSpec(name="vm", image="tiny", disks=(Disk(size_gib=1),))))
+    mark(launcher)
+
+
+def start(launcher: Polyvisor | Launcher) -> None:
+    asyncio.run(launcher.host().start("vm"))
+
+
+def test_run(launchers: list[Launcher]) -> None:
+    def step(launcher: Launcher, number: int) -> Done:
+        done = launcher(*RUN, fault="kill", step=number)
+        assert done.killed or done.finished, done
+        state = assert_sensible(launcher)
+        before = qemus(launcher.home)
+        if state == "stopped":
+            mark(launcher)
+        launcher.good(*RUN)
+        assert assert_sensible(launcher) == "running"
+        assert not before or before == qemus(launcher.home), "a second process was started"
+        if state == "stopped":
+            asyncio.run(launcher.host().kill("vm"))
+            assert_marked(launcher)
+        remove(launcher)
+        return done
+
+    walked("run", Walk(launchers, step).walk(), at_least=45)
+
+
+def test_run_then_remove(launchers: list[Launcher]) -> None:
+    """Whatever a killed `run` leaves, `rm --force` removes it, without the `run` being repeated."""
+
+    def step(launcher: Launcher, number: int) -> Done:
+        done = launcher(*RUN, fault="kill", step=number)
+        launcher.good("rm", "--force", "vm")
+        assert_nothing_left(launcher.home)
+        return done
+
+    walked("run, then rm --force", Walk(launchers, step).walk(), at_least=45)
+
+
+@pytest.mark.parametrize("words", [("rm", "vm"), RUN], ids=["home", "keys"])
+def test_first_command(launchers: list[Launcher], words: tuple[str, ...]) -> None:
+    """The very first command makes the home, its keys and its caches; the strictest umask must not spoil them."""
+    images = (launchers[0].home / "images").readlink()
+
+    def step(launcher: Launcher, number: int) -> Done:
+        launcher.umask, launcher.home = 0o077, Path(launcher.home.parent, f"fresh{number}")
+        if words == RUN:
+            Home(launcher.home).prepare()
+            shutil.rmtree(launcher.home / "keys")
+            with_images(launcher.home, images)
+        done = launcher(*words, fault="kill", step=number)
+        assert_sensible(launcher)
+        launcher("rm", "--force", "vm")
+        with_images(launcher.home, images)
+        launcher.good(*RUN)
+        assert assert_sensible(launcher) == "running"
+        remove(launcher)
+        assert stat.S_IMODE((launcher.home / "keys").stat().st_mode) == 0o700
+        assert sorted(path.name for path in (launcher.home / "keys").iterdir()) == ["id_ed25519", "id_ed25519.pub"]
+        shutil.rmtree(launcher.home)
+        return done
+
+    walked(f"first {words[0]}", Walk(launchers, step).walk(), at_least=8 if words[0] == "rm" else 55)
+
+
+def test_stop(launchers: list[Launcher]) -> None:
+    for launcher in launchers:
+        create(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        start(launcher)
+        done = launcher("stop", "vm", "--timeout", "0", fault="kill", step=number)
+        assert assert_sensible(launcher) in ("running", "stopped")
+        launcher.good("stop", "vm", "--timeout", "0")
+        assert assert_sensible(launcher) == "stopped"
+        assert_marked(launcher)
+        return done
+
+    walked("stop", Walk(launchers, step).walk(), at_least=8)
+    for launcher in launchers:
+        remove(launcher)
+
+
+def test_stop_by_signal(launchers: list[Launcher]) -> None:
+    """The way of `stop` where QEMU does not listen: signals, at last the one that can't be refused."""
+    for launcher in launchers:
+        create(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        start(launcher)
+        (launcher.home / "vms/vm/run/qmp.sock").unlink()
+        done = launcher("stop", "vm", "--timeout", "0", fault="kill", step=number)
+        assert assert_sensible(launcher) in ("running", "stopped", "crashed")
+        launcher.good("stop", "vm", "--timeout", "0")
+        assert_marked(launcher)
+        return done
+
+    walked("stop by signal", Walk(launchers, step).walk(), at_least=8)
+    for launcher in launchers:
+        remove(launcher)
+
+
+def test_start(launchers: list[Launcher]) -> None:
+    for launcher in launchers:
+        create(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        done = launcher("start", "vm", fault="kill", step=number)
+        assert assert_sensible(launcher) in ("running", "stopped")
+        launcher.good("start", "vm")
+        assert assert_sensible(launcher) == "running"
+        asyncio.run(launcher.host().kill("vm"))
+        assert_marked(launcher)
+        return done
+
+    walked("start", Walk(launchers, step).walk(), at_least=20)
+    for launcher in launchers:
+        remove(launcher)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_rm(launchers: list[Launcher], alive: bool) -> None:
+    """A VM whose removal was cut off is there with its whole disk, or gone; nothing between."""
+    words = ("rm", "--force", "vm") if alive else ("rm", "vm")
+
+    def step(launcher: Launcher, number: int) -> Done:
+        create(launcher)
+        if alive:
+            start(launcher)
+        done = launcher(*words, fault="kill", step=number)
+        state = assert_sensible(launcher)
+        assert state in ("running", "stopped", None)
+        if state == "stopped":
+            assert_marked(launcher)
+        again = launcher(*words)
+        # Without --force, a VM that the killed command has removed to the last file is not found.
+        assert again.ok or (state is None and again.status == NotFound.exit_status), again
+        assert_nothing_left(launcher.home)
+        return done
+
+    walked(" ".join(words), Walk(launchers, step).walk(), at_least=15)
+
+
+def test_rm_then_run(launchers: list[Launcher]) -> None:
+    """After a removal that was cut off, the name is free for a new VM, or the old one is there still."""
+
+    def step(launcher: Launcher, number: int) -> Done:
+        create(launcher)
+        done = launcher("rm", "vm", fault="kill", step=number)
+        state = assert_sensible(launcher)
+        launcher.good(*RUN)
+        asyncio.run(launcher.host().kill("vm"))
+        if state is not None:
+            assert_marked(launcher)
+        remove(launcher)
+        return done
+
+    walked("rm, then run", Walk(launchers, step).walk(), at_least=15)
+
+
+def test_interrupted_run(launchers: list[Launcher]) -> None:
+    """Ctrl-C at every step: the VM is there, whole, or it is not; never a process without a VM."""
+
+    def step(launcher: Launcher, number: int) -> Done:
+        done = launcher(*RUN, fault="interrupt", step=number)
+        assert done.finished or done.status in (0, 130), done
+        assert "Traceback" not in done.err, done.err
+        assert_sensible(launcher)
+        launcher.good(*RUN)
+        remove(launcher)
+        return done
+
+    walked("interrupted run", Walk(launchers, step).walk(), at_least=45)
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "EACCES", "EIO"])
+def test_storage_fails_in_run(launchers: list[Launcher], fault: str) -> None:
+    """From each step on nothing can be written: one line says so, and nothing is left."""
+
+    def step(launcher: Launcher, number: int) -> Done:
+        done = launcher(*RUN, fault=fault, step=number)
+        if not done.ok:
+            assert os.strerror(getattr(errno, fault)).lower() in done.error_line().lower() or "disk is full" in done.err
+            assert_nothing_left(launcher.home)
+        launcher.good(*RUN)
+        remove(launcher)
+        return done
+
+    walked(f"run, {fault}", Walk(launchers, step).walk(), at_least=10)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment(polyvisor: Polyvisor, seed: int) -> None:
+    """Kills between the steps that the walks know: at random moments, also while QEMU is loading."""
+    moments = random.Random(seed)
+    for words in (RUN, ("stop", "vm", "--timeout", "0"), RUN, ("rm", "--force", "vm")):
+        process = polyvisor.start(*words)
+        time.sleep(moments.uniform(0.05, 0.35))
+        process.kill()
+        done = finish(words, process)
+        assert done.killed or done.ok, done
+        assert_sensible(polyvisor)
+        polyvisor.good(*words)
+        assert_sensible(polyvisor)
+    assert_nothing_left(polyvisor.home)
+
+
+def test_guest_shuts_down_though_stop_is_killed(polyvisor: Polyvisor) -> None:
+    """`stop` by the power button, killed while it waits; what the guest wrote is on the disk."""
+    polyvisor.good(*RUN, "--wait", "--timeout", "120")
+    write = "tr '\\0' Z </dev/zero | dd of=/dev/vda bs=64k count=1 seek=16 iflag=fullblock && sync"
+    polyvisor.good("exec", "vm", "--", "sh", "-c", write)
+    process = polyvisor.start("stop", "vm")
+    time.sleep(0.4)
+    process.kill()
+    finish(("stop",), process)
+    assert assert_sensible(polyvisor) in ("running", "stopped")
+    polyvisor.good("stop", "vm")
+    assert assert_sensible(polyvisor) == "stopped"
+    assert_marked(polyvisor)
+    start(polyvisor)
+    remove(polyvisor)
+
+
+def walked(verb: str, steps: int, *, at_least: int) -> None:
+    """Say how many steps a walk took; far fewer than there are would mean that the launcher misses them."""
+    print(f"crash points walked: {verb}: {steps}")
+    assert at_least <= steps <= 5 * at_least
