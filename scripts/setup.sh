@@ -35,6 +35,7 @@ test|mmdebstrap|mmdebstrap|builds the image 'debian' (polyvisor image build debi
 test|newuidmap|uidmap|builds it without being root
 test|mke2fs|e2fsprogs|makes file systems without mounting them
 test|sfdisk|fdisk|checks the partition tables of images
+test|zstd|zstd|unpacks images that are compressed with it
 test|mcopy|mtools|looks into the boot partitions of images
 test|mkfs.vfat|dosfstools|makes the boot partitions that they are compared with
 bench|virsh|libvirt-clients|the peer's command line
@@ -155,7 +156,11 @@ sync_environment() {
         return 0
     fi
     # shellcheck disable=SC2086  # $extra is empty or two words
-    if "$uv" sync --locked --inexact --quiet --project "$root" $extra; then return 0; fi
+    if "$uv" sync --locked --inexact --quiet --compile-bytecode --project "$root" $extra; then
+        # Start-up is a third quicker from compiled modules, also where the environment keeps Python from writing them.
+        "$root/.venv/bin/python" -m compileall -q "$root/polyvisor" || true
+        return 0
+    fi
     warn "uv sync failed: see its message above (is there a network?)."
     return 1
 }

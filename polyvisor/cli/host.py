@@ -41,7 +41,7 @@ def _lines(status: HostStatus) -> list[tuple[str, str]]:
             for a in c.accelerators
         ),
         *((f"no {verb}", reason) for c in status.capabilities for verb, reason in c.missing.items()),
-        ("runs on", f"{status.hypervisor or 'nothing'}: {status.hypervisor_reason}"),
+        ("runs on", status.hypervisor or f"nothing: {status.hypervisor_reason}"),
         ("VMs", ", ".join(f"{count} {state}" for state, count in status.vms_by_state.items()) or "none"),
     ]
 

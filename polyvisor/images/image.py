@@ -72,7 +72,12 @@ def image_to_json(image: Image) -> str:
 
 def image_from_json(text: str | bytes) -> Image:
     """The image of a manifest that `image_to_json` wrote; raises ValueError, TypeError or KeyError for others."""
-    raw: dict[str, Any] = json.loads(text)
+    try:
+        raw: dict[str, Any] = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
+    if not isinstance(raw, dict):
+        raise ValueError("it is not an object")
     if (version := raw.pop("format")) != FORMAT:
         raise ValueError(f"manifest format {version} is not {FORMAT}")
     for key in ("disk", "kernel", "initrd"):

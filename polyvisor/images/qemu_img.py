@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyvisor.errors import ImageRefused, PolyvisorError, ProcessFailed
+from polyvisor.errors import ImageRefused, PolyvisorError, ProcessFailed, Unavailable
 from polyvisor.files import storage_errors, translated
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import Completed, find_program, run
+from polyvisor.wheel import from_wheel
 
 if TYPE_CHECKING:
     from polyvisor.images.formats import Disk
@@ -49,8 +50,13 @@ class Measured:
 
 
 def program() -> str:
-    """The path of qemu-img; raises Unavailable with the package to install."""
-    return find_program("qemu-img", package="qemu-utils")
+    """The path of qemu-img, the system's or the wheel's; raises Unavailable with the package to install."""
+    try:
+        return find_program("qemu-img", package="qemu-utils")
+    except Unavailable:
+        if path := from_wheel("qemu-img"):
+            return path
+        raise
 
 
 async def create_overlay(path: Path, backing: Path, size_mib: int | None) -> None:

@@ -78,7 +78,8 @@ def load_specs(text: str | bytes, source: str) -> list[VMSpec]:
         raise InvalidInput("file", source, "is not text in UTF-8", hint="is this the right file?") from error
     try:
         documents = [document for document in yaml.load_all(text, _StrictLoader) if document is not None]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # The constructors of tags such as !!int and !!bool raise whatever a text of another form leads them to.
         raise InvalidInput("file", source, f"is not valid YAML: {_yaml_problem(error)}") from error
     if not documents:
         raise InvalidInput("file", source, "holds no spec", hint="begin with 'name:' and 'image:'")

@@ -180,7 +180,7 @@ class VMSpec:
         if self.user_data is not None:
             _check_user_data(self.user_data)
         for i, key in enumerate(self.ssh_keys):
-            if not _SSH_KEY.match(key):
+            if not _SSH_KEY.match(key) or not key.isprintable():
                 raise InvalidInput(
                     f"ssh_keys[{i}]", key, "is not a public SSH key", hint="ssh-keygen -t ed25519 makes a pair"
                 )

@@ -204,7 +204,8 @@ def listing(home: Path) -> dict[str, str]:
         name = str(path.relative_to(home))
         if not name.startswith("cache") and not path.is_socket():
             status = path.lstat()
-            found[name] = f"{status.st_mode:o}" + ("" if path.is_dir() else f" {status.st_size}")
+            sized = path.is_file() and not name.startswith("locks/")  # which say who held them last
+            found[name] = f"{status.st_mode:o}" + (f" {status.st_size}" if sized else "")
     found.pop("next-user", None)  # a number that was given out is not given again
     return found
 

@@ -34,7 +34,7 @@ def refused(polyvisor: Polyvisor, *words: str, **options: Any) -> str:
     before = listing(polyvisor.home)
     done = polyvisor(*words, **options)
     line = done.error_line()
-    assert done.out == "", done
+    assert done.out in ("", "[]\n"), done  # with --json, of several VMs those that it worked for: none
     after = listing(polyvisor.home)
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert changed <= KEYS, changed
@@ -67,7 +67,7 @@ def refused(polyvisor: Polyvisor, *words: str, **options: Any) -> str:
         (["--memory=-512M"], "memory: '-512M'"),
         (["--memory", "0"], "memory_mib: 0"),
         (["--memory", "1K"], "memory: '1K'"),
-        (["--memory", "1000000000000"], "memory_mib: 1000000000000"),
+        (["--memory", "100000000000"], "memory_mib: 100000000000"),
         (["--memory", "1EiB"], "memory: '1EiB'"),
         (["--memory", "16T"], "memory_mib: 16777216"),
         (["--memory", ""], "memory: ''"),
@@ -231,7 +231,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("name: a/b\nimage: tiny\n", "name: 'a/b'"),
         ("name: 007\nimage: tiny\n", "name: 7: is not text"),
         (GOOD + "---\n" + GOOD, "name: 'vm': stands in two documents"),
-        (GOOD + "x" * 100_000 + ": 1\n", "is an unknown key"),
+        (GOOD + "? " + "x" * 100_000 + "\n: 1\n", "is an unknown key"),
         (GOOD + "\"\\e[31m\": 1\n", "is an unknown key"),
         ("", "holds no spec"),
         ("# nothing\n", "holds no spec"),
@@ -316,7 +316,7 @@ def test_spoiled_manifest(polyvisor: Polyvisor, own_images: Path, content: bytes
         manifest.write_bytes(content)
     env = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     if content is not None:
-        assert str(manifest) in refused(polyvisor, "run", "tiny", "--name", "vm", env=env)
+        assert "image.json can't be read" in refused(polyvisor, "run", "tiny", "--name", "vm", env=env)
     done = polyvisor("image", "ls")
     if not done.ok:
         done.error_line()

@@ -19,7 +19,7 @@ from polyvisor.status import Check, CheckResult
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     monkeypatch.delenv("POLYVISOR_QEMU", raising=False)
-    monkeypatch.setattr(programs, "_from_wheel", lambda: None)
+    monkeypatch.setattr(programs, "from_wheel", lambda _: None)
     return Home(tmp_path / "home")
 
 

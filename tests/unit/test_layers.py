@@ -42,7 +42,7 @@ def within(name: str, *packages: str) -> bool:
     return any(name == p or name.startswith(f"{p}.") for p in (f"polyvisor.{p}" for p in packages))
 
 
-BELOW = ("errors", "files", "process", "operation", "home", "spec", "status")
+BELOW = ("errors", "files", "process", "operation", "home", "spec", "status", "wheel")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ BELOW = ("errors", "files", "process", "operation", "home", "spec", "status")
         ("files", ("errors",)),
         ("process", ("errors",)),
         ("home", ("errors", "files")),
+        ("wheel", ()),
         ("spec", ("errors", "files", "spec")),
         ("status", ("spec",)),
         ("network", (*BELOW, "network")),

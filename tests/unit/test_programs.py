@@ -43,7 +43,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A PATH with one directory of our own, beside what a shell script needs."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
-    monkeypatch.setattr(programs, "_from_wheel", lambda: None)
+    monkeypatch.setattr(programs, "from_wheel", lambda _: None)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "cat").symlink_to("/bin/cat")
     return tmp_path / "bin"

