@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from polyvisor.cli import startup
 from polyvisor.errors import PolyvisorError, ProcessFailed, one_line
 
 if TYPE_CHECKING:
@@ -42,12 +42,29 @@ class Context:
         """Run the verb's coroutine to its end; the progress bar is gone by then."""
         import asyncio
 
-        gc.enable()  # main.py has switched it off
+        startup.ready()
         try:
             return asyncio.run(work)
         finally:
             if "progress" in self.__dict__:
                 self.progress.close()
+
+    def look(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a verb that only looks: without an event loop where there is nothing to wait for.
+
+        A coroutine that turns out to need one is begun anew with it: to look twice does no harm.
+        """
+        attempt = work()
+        try:
+            attempt.send(None)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        except RuntimeError:  # asyncio's word for it
+            pass
+        finally:
+            attempt.close()
+        return self.run(work())
 
     def say(self, text: str) -> None:
         """A line for a person; not with --json."""

@@ -10,7 +10,6 @@ the status of the guest's command.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -97,9 +96,9 @@ def _failed_output(words: list[str], error: OSError) -> int:
 
 
 def _run(words: list[str]) -> int:
-    # Nothing that is imported becomes garbage; looking for it would take a tenth of the start-up. Context.run ends this.
-    gc.disable()
-    _load_asyncio()
+    from polyvisor.cli import startup
+
+    startup.quicken()
     from polyvisor.cli.context import Context, report
     from polyvisor.errors import PolyvisorError
 
@@ -134,16 +133,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     # A -- after the command's first word is the command's own: polyvisor exec a git log -- FILE.
     options.remainder = ["--", *remainder] if remainder and options.__dict__.get("command") else remainder
     return options
-
-
-def _load_asyncio() -> None:
-    """Import asyncio without TLS, which it knows to do without and nothing here uses through it: that saves 10 ms of 50."""
-    if "ssl" not in sys.modules:
-        sys.modules["ssl"] = None  # type: ignore[assignment]
-        try:
-            import_module("asyncio")
-        finally:
-            del sys.modules["ssl"]
 
 
 def _verb(words: Sequence[str]) -> str | None:

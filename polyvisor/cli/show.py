@@ -43,7 +43,7 @@ def add_events(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(context: Context, options: argparse.Namespace) -> int:
-    statuses = [s for s in context.run(context.host.vms()) if _wanted(s, options)]
+    statuses = [s for s in context.look(context.host.vms) if _wanted(s, options)]
     for name in options.names:
         context.host.store.get(name)
     if context.json:

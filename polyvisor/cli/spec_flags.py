@@ -137,7 +137,7 @@ def _user_data(name: str) -> str:
             raw = file.read(MAX_USER_DATA + 1)
     except PolyvisorError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise NotFound(f"user data: there is no file {name}") from error
+            raise NotFound(f"user data: there is no file {name}", hint="name a file for cloud-init") from error
         raise
     if len(raw) > MAX_USER_DATA:
         raise InvalidInput("user_data", name, "is larger than 512 KiB", hint="let it fetch what is large")

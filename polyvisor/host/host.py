@@ -8,6 +8,7 @@ driver.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -192,14 +193,22 @@ class Host:
         began = time.monotonic()
         if vm.alive() and timeout_s > 0:
             observed = await self.driver.inspect(vm)
-            if observed.state is VMState.PAUSED:
-                await self.driver.resume(vm)
             if observed.state in (VMState.PAUSED, VMState.RUNNING):
-                await self.driver.shutdown(vm)
+                await self._press_power_button(vm, observed.state)
                 while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
                     progress(Step("shutting down", int(waited), int(timeout_s), "s"))
                     await asyncio.sleep(_POLL_S)
         await self.driver.kill(vm)
+
+    async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:
+        try:
+            if state is VMState.PAUSED:
+                await self.driver.resume(vm)
+            await self.driver.shutdown(vm)
+        except PolyvisorError:
+            await asyncio.sleep(_POLL_S)
+            if vm.alive():  # or it has ended on its own meanwhile
+                raise
 
     async def kill(self, name: str) -> VMStatus:
         async with self._locked(name, "kill") as vm:
@@ -230,7 +239,11 @@ class Host:
     # Observing
 
     async def vms(self) -> list[VMStatus]:
-        statuses = await asyncio.gather(*(self._status_or_reason(name) for name in self.store.names()))
+        directories = [VMDirectory(self.home.vms / name) for name in self.store.names()]
+        # Those that are alive are asked all at once; there is nothing to wait for with the others, often the most.
+        alive = [vm for vm in directories if vm.alive()]
+        asked = await self._ask_all(alive) if alive else {}
+        statuses = [asked[vm] if vm in asked else await self._status_or_reason(vm) for vm in directories]
         return [status for status in statuses if status is not None]
 
     async def show(self, name: str) -> Details:
@@ -253,15 +266,19 @@ class Host:
         async for event in changes(self, names):
             yield event
 
-    async def _status_or_reason(self, name: str) -> VMStatus | None:
+    async def _ask_all(self, vms: Sequence[VMDirectory]) -> dict[VMDirectory, VMStatus | None]:
+        asyncio.get_running_loop()  # raises RuntimeError without one, before any question is put
+        return dict(zip(vms, await asyncio.gather(*map(self._status_or_reason, vms)), strict=True))
+
+    async def _status_or_reason(self, vm: VMDirectory) -> VMStatus | None:
         """The status of a VM in a list: one that can't be read is shown with the reason, one just removed is left out."""
         try:
-            return await self._status(VMDirectory(self.home.vms / name))
+            return await self._status(vm)
         except NotFound:
             return None
         except PolyvisorError as error:
             return VMStatus(
-                name=name,
+                name=vm.name,
                 id="",
                 state=VMState.UNRESPONSIVE,
                 reason=error.message,
@@ -387,7 +404,12 @@ class Host:
 
     def _users_of(self, image: Image) -> list[str]:
         """Names of the VMs that stand on `image`."""
-        return [name for name in self.store.names() if self.store.directory(name).record.image_id == image.id]
+        users = []
+        for name in self.store.names():
+            with contextlib.suppress(NotFound):  # removed since we looked
+                if self.store.directory(name).record.image_id == image.id:
+                    users.append(name)
+        return users
 
     # Helpers
 

@@ -88,10 +88,10 @@ async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageSt
     with storage_errors(f"shortening the console log of VM '{vm.name}'"):
         shorten_log(vm.console_log)
     mode = choose_mode(record.spec, image)
-    made = [await _write_seed(vm, record, image, images, keys, mode), _copy_uefi_variables(vm, record, image, mode)]
-    if record.user is not None:
-        for path in filter(None, made):
-            os.chown(path, record.user, record.user)
+    seed = await _write_seed(vm, record, image, images, keys, mode)
+    if record.user is not None and seed is not None:
+        os.chown(seed, record.user, record.user)
+    _copy_uefi_variables(vm, record, image, mode)
 
 
 def shorten_log(path: Path) -> None:
@@ -150,15 +150,17 @@ async def _write_seed(
     return vm.path / SEEDED_INITRD
 
 
-def _copy_uefi_variables(vm: VMDirectory, record: Record, image: Image, mode: Mode) -> Path | None:
+def _copy_uefi_variables(vm: VMDirectory, record: Record, image: Image, mode: Mode) -> None:
+    """Give the VM variables of its own, unless it has them: whole, and its user's, from their first moment."""
     path = vm.path / UEFI_VARIABLES
     if choose_firmware(record.spec, image, mode) is not Firmware.UEFI or path.exists():
-        return None
+        return
     from polyvisor.drivers.qemu.programs import find_uefi
 
     with storage_errors(f"copying the UEFI variables of VM '{vm.name}'"):
         temporary = path.with_suffix(".new")
         shutil.copyfile(find_uefi()[1], temporary)
         temporary.chmod(0o600)
+        if record.user is not None:
+            os.chown(temporary, record.user, record.user)
         temporary.replace(path)
-    return path

@@ -26,11 +26,12 @@ from functools import cached_property
 from pathlib import Path
 
 from polyvisor.errors import AlreadyExists, Busy, InvalidInput, NotFound, PolyvisorError
-from polyvisor.files import is_flocked, storage_errors, sync_directory, translated, write_atomic
+from polyvisor.files import is_flocked, read_small, storage_errors, sync_directory, translated, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_json, record_from_json, record_to_json
 from polyvisor.spec.vm import check_name
 
+ALIVE = "alive"
 LOCK_PATIENCE_S = 30.0
 _POLL_S = 0.02
 
@@ -63,13 +64,13 @@ class VMDirectory:
 
     @property
     def alive_file(self) -> Path:
-        return self.path / "alive"
+        return self.path / ALIVE
 
     @cached_property
     def record(self) -> Record:
         """What the VM is; raises NotFound, PolyvisorError."""
         try:
-            return record_from_json((self.path / "vm.json").read_bytes())
+            return record_from_json(read_small(f"{self.path}/vm.json"))
         except FileNotFoundError as error:
             raise NotFound(f"there is no VM '{self.name}'", hint="polyvisor ls shows those that are") from error
         except OSError as error:
@@ -80,7 +81,7 @@ class VMDirectory:
     def launch(self) -> Launch | None:
         """How it was last started, or None before the first start."""
         try:
-            return launch_from_json((self.path / "launch.json").read_bytes())
+            return launch_from_json(read_small(f"{self.path}/launch.json"))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -102,7 +103,7 @@ class VMDirectory:
         That process has inherited the lock on `alive_file` and can't lose it before it ends: no pid is compared, and
         a start that was cut off after the process was made is seen too.
         """
-        return is_flocked(self.alive_file)
+        return is_flocked(f"{self.path}/{ALIVE}")
 
     def _unreadable(self, file: str, error: Exception) -> PolyvisorError:
         return PolyvisorError(
@@ -123,7 +124,7 @@ class VMStore:
     def names(self) -> list[str]:
         try:
             with os.scandir(self.home.vms) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+                return sorted(entry.name for entry in entries if _is_vm(entry))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -204,6 +205,15 @@ class VMStore:
         for path in left:
             shutil.rmtree(path)
         return bool(left)
+
+
+def _is_vm(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a VM's directory, or leads to one; whatever else lies about is no reason to fail."""
+    try:
+        check_name(entry.name)
+    except InvalidInput:
+        return False
+    return entry.is_dir(follow_symlinks=False) or Path(entry.path).is_dir()
 
 
 def _try_lock(path: Path) -> int | None:

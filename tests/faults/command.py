@@ -76,7 +76,13 @@ class Polyvisor:
         self, *words: str, stdin: bytes | None = None, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Begin a command and leave it to itself; `finish` waits for it."""
-        environment = {**os.environ, "POLYVISOR_HOME": str(self.home), "PYTHONPATH": str(ROOT), **self.env, **(env or {})}
+        environment = {
+            **os.environ,
+            "POLYVISOR_HOME": str(self.home),
+            "PYTHONPATH": str(ROOT),
+            **self.env,
+            **(env or {}),
+        }
         return subprocess.Popen(
             [*self.prefix, self.python, "-m", "polyvisor", *words],
             stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from polyvisor.home import Home
+
 pytest.register_assert_rewrite("tests.faults.command")
 
 from tests.faults.command import Polyvisor  # noqa: E402

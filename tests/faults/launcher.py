@@ -135,7 +135,7 @@ def _command(
     status = 1
     try:
         status = run(words)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         traceback.print_exc()
     finally:
         hook.over = True

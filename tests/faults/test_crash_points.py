@@ -24,9 +24,11 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.errors import NotFound
+from polyvisor.drivers.qemu.programs import find_uefi
+from polyvisor.errors import NotFound, Unavailable
 from polyvisor.home import Home
-from polyvisor.spec.vm import Disk, VMSpec
+from polyvisor.host.host import Host
+from polyvisor.spec.vm import Disk, Firmware, Mode, VMSpec
 from tests.conftest import kill_all
 from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, finish, qemus
 
@@ -36,6 +38,7 @@ RUN = ("run", "tiny", "--name", "vm", "--disk", "1G")
 WORKERS = 2
 SENSIBLE = {"running", "paused", "stopped", "crashed"}
 MARKER = "0x5a"
+KEYS = {"id_ed25519", "id_ed25519.pub", "reserve"}  # the last is the next VM's host key
 
 
 class Walk:
@@ -194,7 +197,7 @@ def test_first_command(launchers: list[Launcher], words: tuple[str, ...]) -> Non
         assert assert_sensible(launcher) == "running"
         remove(launcher)
         assert stat.S_IMODE((launcher.home / "keys").stat().st_mode) == 0o700
-        assert sorted(path.name for path in (launcher.home / "keys").iterdir()) == ["id_ed25519", "id_ed25519.pub"]
+        assert {path.name for path in (launcher.home / "keys").iterdir()} <= KEYS
         shutil.rmtree(launcher.home)
         return done
 
@@ -254,6 +257,32 @@ def test_start(launchers: list[Launcher]) -> None:
     walked("start", Walk(launchers, step).walk(), at_least=20)
     for launcher in launchers:
         remove(launcher)
+
+
+def test_first_start_with_uefi(empty_home: Home, tmp_path: Path) -> None:
+    """The first start copies the firmware's variables, which must be the VM's own wherever it was cut off."""
+    try:
+        find_uefi()
+    except Unavailable as error:
+        pytest.skip(f"NOT TESTED: crash points of VMs with UEFI: {error.message}: {error.hint}")
+    disk = tmp_path / "blank.raw"
+    disk.write_bytes(bytes(510) + b"\x55\xaa" + bytes((1 << 20) - 512))
+    asyncio.run(Host(empty_home).image_import(str(disk), name="blank"))
+    launcher = Launcher(empty_home.path)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        asyncio.run(launcher.host().create(VMSpec(name="vm", image="blank", mode=Mode.HVM, firmware=Firmware.UEFI)))
+        done = launcher("start", "vm", fault="kill", step=number)
+        assert assert_sensible(launcher) in ("running", "stopped")
+        launcher.good("start", "vm")
+        assert assert_sensible(launcher) == "running"
+        remove(launcher)
+        return done
+
+    try:
+        walked("first start with UEFI", Walk([launcher], step).walk(), at_least=25)
+    finally:
+        launcher.close()
 
 
 @pytest.mark.parametrize("alive", [True, False])
