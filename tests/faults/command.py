@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -79,7 +80,7 @@ class Polyvisor:
         environment = {
             **os.environ,
             "POLYVISOR_HOME": str(self.home),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             **self.env,
             **(env or {}),
         }
@@ -178,6 +179,13 @@ def processes(home: Path) -> dict[int, str]:
 def qemus(home: Path) -> list[int]:
     """The processes of VMs in `home`: those that work in a VM's directory."""
     return [pid for pid in processes(home) if _link(Path(f"/proc/{pid}/cwd")).startswith(f"{home}/vms/")]
+
+
+def end_all(home: Path) -> None:
+    """Kill what a test that failed has left running in `home`."""
+    for pid in qemus(home):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _touches(process: Path, home: str) -> bool:

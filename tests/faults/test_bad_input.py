@@ -21,7 +21,7 @@ from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.image import Image
 from polyvisor.spec.vm import VMSpec
-from tests.faults.command import ROOT, Done, Polyvisor, assert_nothing_left, listing, qemus
+from tests.faults.command import ROOT, Done, Polyvisor, assert_nothing_left, end_all, listing, qemus
 
 pytestmark = pytest.mark.qemu
 
@@ -613,8 +613,7 @@ def small(empty_home: Home, tiny: Image, cache: Path) -> Iterator[Polyvisor]:
         home.images.rmdir()
         home.images.symlink_to(cache / "home" / "images")
         yield Polyvisor(home.path)
-        for pid in qemus(home.path):
-            os.kill(pid, 9)
+        end_all(home.path)
     finally:
         subprocess.run(["umount", "--lazy", str(where)], check=True)
 
@@ -696,8 +695,7 @@ def unprivileged(cache: Path, tiny: Image) -> Iterator[Polyvisor]:
         python=python,
     )
     yield polyvisor
-    for pid in qemus(polyvisor.home):
-        os.kill(pid, 9)
+    end_all(polyvisor.home)
     shutil.rmtree(where)
 
 

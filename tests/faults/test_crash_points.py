@@ -29,8 +29,7 @@ from polyvisor.errors import NotFound, Unavailable
 from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.spec.vm import Disk, Firmware, Mode, VMSpec
-from tests.conftest import kill_all
-from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, finish, qemus
+from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, end_all, finish, qemus
 
 pytestmark = pytest.mark.qemu
 
@@ -78,7 +77,7 @@ def launchers(home: Home) -> Iterator[list[Launcher]]:
     yield found
     for launcher in found:
         launcher.close()
-        asyncio.run(kill_all(Home(launcher.home)))
+        end_all(launcher.home)
 
 
 def _sibling(home: Path, number: int) -> Path:
