@@ -355,7 +355,7 @@ def test_storage_fails_in_run(launchers: list[Launcher], fault: str) -> None:
     walked(f"run, {fault}", Walk(launchers, step).walk(), at_least=10)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment(polyvisor: Polyvisor, seed: int) -> None:
     """Kills between the steps that the walks know: at random moments, also while QEMU is loading."""
     moments = random.Random(seed)

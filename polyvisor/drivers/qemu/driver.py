@@ -252,7 +252,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _pid(vm: VMDirectory) -> int | None:
     try:
-        return int((vm.path / PID_FILE).read_text())
+        # The VM's process can write in this directory: neither follow a link there, nor wait for a pipe.
+        fd = os.open(vm.path / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return int(os.read(fd, 32))
+        finally:
+            os.close(fd)
     except (OSError, ValueError):
         return None
 
