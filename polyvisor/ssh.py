@@ -90,7 +90,7 @@ def _options(target: SSHTarget) -> list[str]:
         "GlobalKnownHostsFile": "/dev/null",
         "HostKeyAlias": target.alias,
         "StrictHostKeyChecking": "accept-new",
-        "ConnectTimeout": "15",
+        "ConnectTimeout": "60",
         "LogLevel": "ERROR",
     }
     return ["-F", "none", *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]

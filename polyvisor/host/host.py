@@ -368,12 +368,13 @@ class Host:
         return await ssh_target(vm, status, self.images.store.by_id(vm.record.image_id), self.home.keys)
 
     async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
-        from polyvisor.host.inside import ssh_answers
+        from polyvisor.host.inside import patience, ssh_answers
 
         target = await self.ssh_target(name)
         began = time.monotonic()
         vm = self.store.get(name)
-        while not await ssh_answers(target):
+        waited = 0.0
+        while not await ssh_answers(target, patience(waited)):
             waited = time.monotonic() - began
             if not vm.alive():
                 raise WrongState(f"VM '{name}' ended while it was booting", hint=f"polyvisor logs {name}")

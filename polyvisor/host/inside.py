@@ -20,7 +20,6 @@ from polyvisor.status import VMStatus
 CONSOLE_SOCKET = "console.sock"
 _CHUNK = 64 << 10
 _POLL_S = 0.1
-_ANSWER_S = 1.0
 
 
 async def open_console(vm: VMDirectory) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -104,13 +103,23 @@ async def ssh_target(vm: VMDirectory, status: VMStatus, image: Image, keys: Path
     )
 
 
-async def ssh_answers(target: SSHTarget) -> bool:
-    """Whether an SSH server sends its greeting (RFC 4253, 4.2).
+def patience(waited_s: float) -> float:
+    """How long to wait for a greeting, after so many seconds without one.
+
+    At first the guest has no network yet, and another try finds it soonest. Later it is rather that a server takes
+    long to answer: OpenSSH loads a process of its own for each connection, which takes seconds in an emulated guest
+    with much to do, and starting over would only add to that.
+    """
+    return min(1.0 + waited_s / 4, 20.0)
+
+
+async def ssh_answers(target: SSHTarget, timeout_s: float) -> bool:
+    """Whether an SSH server sends its greeting (RFC 4253, 4.2) within `timeout_s` seconds.
 
     A mere connection proves nothing: user networking accepts it before the guest does.
     """
     try:
-        async with asyncio.timeout(_ANSWER_S):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(target.address, target.port)
             try:
                 return (await reader.read(4)).startswith(b"SSH-")
