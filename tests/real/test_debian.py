@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from polyvisor.errors import TimedOut
 from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.debian import build_debian
@@ -93,7 +94,11 @@ def booted(image: Image, host: Host) -> dict[str, float]:
     async def boot_one(boot: str) -> float:
         began = time.monotonic()
         await host.run(spec_of(boot))
-        await host.wait_for_ssh(f"by-{boot}", timeout_s=BOOT_S)
+        try:
+            await host.wait_for_ssh(f"by-{boot}", timeout_s=BOOT_S)
+        except TimedOut as error:
+            error.add_note(f"load {os.getloadavg()}; its console:\n{(await console(host, boot))[-3000:]}")
+            raise
         return time.monotonic() - began
 
     async def boot_all() -> dict[str, float]:
@@ -123,7 +128,7 @@ def test_nothing_is_left_beside_the_image(image: Image, host: Host) -> None:
 async def test_every_guest_is_its_own(booted: dict[str, float], host: Host) -> None:
     """The image has neither a machine id nor host keys: each guest has others."""
     for file in ("/etc/machine-id", "/etc/ssh/ssh_host_ed25519_key.pub"):
-        contents = {await output(host, boot, f"cloud-init status --wait >&2; cat {file}") for boot in booted}
+        contents = {await output(host, boot, f"cloud-init status --wait >&2; sudo cat {file}") for boot in booted}
         assert len(contents) == len(booted)
         assert "" not in contents
 
