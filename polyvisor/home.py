@@ -12,9 +12,7 @@ The home is $POLYVISOR_HOME; without it /var/lib/polyvisor for root and $XDG_DAT
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +51,7 @@ class Home:
         For root the way to VMs and images can be traversed (not listed) by others: each QEMU runs as a user of its own.
         """
         mode = 0o711 if os.geteuid() == 0 else 0o700
-        # A directory has its permissions from its first moment, whatever the umask: what is there is not looked at again.
-        with storage_errors(f"preparing {self.path}"), _umask(0o066):
+        with storage_errors(f"preparing {self.path}"):
             for directory, bits in (
                 (self.path, mode),
                 (self.vms, mode),
@@ -64,16 +61,25 @@ class Home:
                 (self.cache, 0o700),
             ):
                 if not directory.is_dir():
-                    directory.mkdir(mode=bits, parents=True, exist_ok=True)
+                    _make_directory(directory, bits)
 
 
-@contextlib.contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
+def _make_directory(path: Path, bits: int) -> None:
+    """Make a directory that has its permissions from its first moment: what is there is not looked at again.
+
+    The umask could spoil them, and is not ours to set: it belongs to all the threads of a process.
+    """
+    from tempfile import mkdtemp  # not needed by most commands
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield
-    finally:
-        os.umask(before)
+        staging.chmod(bits)
+        staging.rename(path)  # fails where somebody was quicker and has put something into it
+    except OSError:
+        staging.rmdir()
+        if not path.is_dir():
+            raise
 
 
 def default_home() -> Home:

@@ -81,8 +81,13 @@ def host(debian_home: Home) -> Host:
 
 @pytest.fixture(scope="module")
 def image(debian_home: Home, cache: Path) -> Image:
+    """Built by somebody with a strict umask, of which nothing may reach the guest."""
     began = time.monotonic()
-    built = asyncio.run(build_debian(ImageStore(debian_home.images), cache / "home" / "cache"))
+    before = os.umask(0o077)
+    try:
+        built = asyncio.run(build_debian(ImageStore(debian_home.images), cache / "home" / "cache"))
+    finally:
+        os.umask(before)
     print(f"built in {time.monotonic() - began:.0f} s, {built.size / 1e6:.0f} MB")
     return built
 

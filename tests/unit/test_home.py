@@ -1,6 +1,7 @@
 """Where Polyvisor keeps things."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,29 @@ def test_directories_are_for_the_user_alone_and_passable_for_what_root_runs(tmp_
     home.prepare()
 
 
-def test_what_others_are_not_to_see_stays_so_whatever_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0)
+@pytest.mark.parametrize("mask", [0, 0o077])
+def test_permissions_do_not_depend_on_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
     try:
         Home(tmp_path / "home").prepare()
-        assert os.umask(0) == 0, "the caller's own mask is as it was"
     finally:
         os.umask(before)
     assert (tmp_path / "home" / "keys").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "home" / "vms").stat().st_mode & 0o777 == (0o711 if os.geteuid() == 0 else 0o700)
+
+
+def test_many_threads_prepare_a_home_at_once(tmp_path: Path) -> None:
+    """All succeed, nothing is left beside it, and the umask, which they share, is as it was."""
+    before = os.umask(0o027)
+    try:
+        for number in range(20):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda _, n=number: Home(tmp_path / f"home{n}").prepare(), range(8)))
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert {p.name for p in tmp_path.iterdir()} == {f"home{n}" for n in range(20)}
+    assert {p.name for p in (tmp_path / "home0").iterdir()} == {"vms", "images", "keys", "locks", "cache"}
 
 
 def test_permissions_that_someone_chose_are_kept(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ set -eu
 work=$1 packages=$2 suite=$3 include=$4 uuid=$5 offset=$6 size_kib=$7
 root=$work/root
 umask 022
+# Whoever builds may have a stricter mask; the guest's services have to read these.
+chmod -R u=rwX,go=rX "$work/rootfs" "$work/boot"
 exec 2>&1
 
 # Packages of the cache shall belong to who builds. In a user namespace its root has no more rights than that user.
