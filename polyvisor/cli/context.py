@@ -13,7 +13,7 @@ from polyvisor.errors import PolyvisorError, ProcessFailed, one_line
 
 if TYPE_CHECKING:
     from polyvisor.cli.progress import Display
-    from polyvisor.host.host import Host
+    from polyvisor.host.api import HostApi
 
 T = TypeVar("T")
 
@@ -26,7 +26,8 @@ class Context:
     json: bool = False
 
     @cached_property
-    def host(self) -> Host:
+    def host(self) -> HostApi:
+        """The host that the verb is about."""
         from polyvisor.host.host import Host
 
         return Host()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 
 from polyvisor.cli.context import Context
 from polyvisor.cli.progress import human_size
 from polyvisor.cli.table import age, memory, pairs, table
+from polyvisor.host.api import Obtainable, StoredImage
 from polyvisor.images.image import Image, Seed
 
 
@@ -79,7 +81,7 @@ def _import(context: Context, options: argparse.Namespace) -> int:
 
 
 def _pull(context: Context, options: argparse.Namespace) -> int:
-    return _announce(context, context.run(context.host.images.ensure(options.name, context.progress)))
+    return _announce(context, context.run(context.host.image_pull(options.name, context.progress)))
 
 
 def _announce(context: Context, image: Image) -> int:
@@ -92,18 +94,17 @@ def _announce(context: Context, image: Image) -> int:
 
 
 def _ls(context: Context, options: argparse.Namespace) -> int:
-    images = context.run(context.host.image_list())
-    here = {image.name for image in images}
-    others = [entry for entry in _obtainable(context) if entry[0] not in here] if options.all else []
+    async def work() -> tuple[list[StoredImage], list[Obtainable]]:
+        return await context.host.image_list(), await context.host.image_catalogue() if options.all else []
+
+    stored, obtainable = context.run(work())
+    here = {one.image.name for one in stored}
+    others = [one for one in obtainable if one.name not in here]
     if context.json:
-        context.print_json(images if not options.all else {"here": images, "obtainable": [name for name, _ in others]})
+        images = [_plain(one) for one in stored]
+        context.print_json(images if not options.all else {"here": images, "obtainable": [o.name for o in others]})
         return 0
-    store = context.host.images.store
-    rows = [
-        (i.name if store.is_current(i) else "", i.id, i.os or "", human_size(i.size), _boots(i), age(i.created_at))
-        for i in images
-    ]
-    rows += [(name, "", about, "", "", "") for name, about in others]
+    rows = [_row(one) for one in stored] + [(one.name, "", one.about, "", "", "") for one in others]
     if rows:
         print(table(("NAME", "ID", "SYSTEM", "SIZE", "BOOTS BY", "AGE"), rows))
     else:
@@ -111,13 +112,15 @@ def _ls(context: Context, options: argparse.Namespace) -> int:
     return 0
 
 
-def _obtainable(context: Context) -> list[tuple[str, str]]:
-    from polyvisor.host.images import BUILDABLE
-    from polyvisor.images import catalogue
+def _row(stored: StoredImage) -> tuple[str, ...]:
+    image = stored.image
+    name = image.name if stored.current else ""
+    return (name, image.id, image.os or "", human_size(image.size), _boots(image), age(image.created_at))
 
-    built = [(name, "built here from Debian's packages") for name in sorted({"tiny", *BUILDABLE.values()})]
-    fetched = [(entry.name, "fetched from its makers") for entry in catalogue.entries(context.host.home.path)]
-    return built + [entry for entry in fetched if entry[0] not in dict(built)]
+
+def _plain(stored: StoredImage) -> dict[str, object]:
+    """An image for JSON: what its manifest says, and where it is."""
+    return {**dataclasses.asdict(stored.image), "current": stored.current, "directory": stored.directory}
 
 
 def _boots(image: Image) -> str:
@@ -125,9 +128,10 @@ def _boots(image: Image) -> str:
 
 
 def _show(context: Context, options: argparse.Namespace) -> int:
-    image = context.run(context.host.image_show(options.name))
+    stored = context.run(context.host.image_show(options.name))
+    image = stored.image
     if context.json:
-        context.print_json(image)
+        context.print_json(_plain(stored))
         return 0
     made = datetime.datetime.fromtimestamp(image.created_at).astimezone().isoformat(" ", "seconds")
     lines = [
@@ -143,14 +147,17 @@ def _show(context: Context, options: argparse.Namespace) -> int:
         ("log in as", image.user or "unknown"),
         ("seed", image.seed.value),
         *((file.name, f"{human_size(file.size)}, sha256 {file.sha256}") for file in image.files),
-        ("directory", str(context.host.images.store.directory(image))),
+        ("directory", stored.directory),
     ]
     print(pairs(lines))
     return 0
 
 
 def _rm(context: Context, options: argparse.Namespace) -> int:
-    for name in options.names:
-        context.run(context.host.image_remove(name))
-        context.say(f"image {name} is removed")
+    async def work() -> None:
+        for name in options.names:
+            await context.host.image_remove(name)
+            context.say(f"image {name} is removed")
+
+    context.run(work())
     return 0

@@ -65,24 +65,23 @@ def add_rm(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_rm)
 
 
-def show_command(context: Context, name: str) -> None:
+async def show_command(context: Context, name: str) -> None:
     """With --debug, the exact command that runs the VM, and where."""
     if context.debug:
-        vm = context.host.store.get(name)
-        if launch := vm.launch():
-            print(f"cd {shlex.quote(str(vm.path))} && {shlex.join(launch.argv)}", file=sys.stderr)
+        details = await context.host.show(name)
+        if details.argv:
+            print(f"cd {shlex.quote(details.directory)} && {shlex.join(details.argv)}", file=sys.stderr)
 
 
 def each(context: Context, options: argparse.Namespace, verb: Verb) -> int:
     """Do `verb` to every VM named, whatever becomes of the others; the status is that of the first failure."""
-    names = context.host.store.names() if options.all else options.names
-    if not names and not options.all:
+    if not options.names and not options.all:
         raise InvalidInput("NAME", "", "no VM is named", hint="name some, or use --all")
     statuses: list[VMStatus] = []
 
     async def work() -> int:
         failed = 0
-        for name in names:
+        for name in await context.host.names() if options.all else options.names:
             try:
                 status = await verb(name)
             except PolyvisorError as error:
@@ -104,7 +103,7 @@ def each(context: Context, options: argparse.Namespace, verb: Verb) -> int:
 def _start(context: Context, options: argparse.Namespace) -> int:
     async def start(name: str) -> VMStatus:
         status = await context.host.start(name, context.progress)
-        show_command(context, name)
+        await show_command(context, name)
         if options.wait:
             await context.host.wait_for_ssh(name, timeout_s=options.timeout, progress=context.progress)
         return status

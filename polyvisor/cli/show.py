@@ -8,8 +8,9 @@ import shlex
 from polyvisor.cli.context import Context, to_json
 from polyvisor.cli.parser import seconds
 from polyvisor.cli.table import age, memory, pairs, table
+from polyvisor.errors import NotFound
 from polyvisor.host.api import Details
-from polyvisor.spec.vm import Nic
+from polyvisor.spec.vm import Nic, check_name
 from polyvisor.ssh import READY_S
 from polyvisor.status import VMState, VMStatus
 
@@ -43,9 +44,11 @@ def add_events(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(context: Context, options: argparse.Namespace) -> int:
-    statuses = [s for s in context.look(context.host.vms) if _wanted(s, options)]
+    every = context.look(context.host.vms)
     for name in options.names:
-        context.host.store.get(name)
+        if check_name(name) not in {status.name for status in every}:
+            raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+    statuses = [status for status in every if _wanted(status, options)]
     if context.json:
         context.print_json(statuses)
     elif options.quiet:

@@ -42,12 +42,12 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
 def _run(context: Context, options: argparse.Namespace) -> int:
     async def work() -> VMStatus:
         status = await _make(context, options, context.host.run)
+        await show_command(context, status.name)
         if options.wait or options.ssh:
             await context.host.wait_for_ssh(status.name, timeout_s=options.timeout, progress=context.progress)
         return status
 
     status = context.run(work())
-    show_command(context, status.name)
     if options.ssh:
         from polyvisor.cli.ssh import log_in
 
@@ -68,7 +68,7 @@ async def _make(context: Context, options: argparse.Namespace, verb: Callable[..
         return await verb(spec_from_flags(options, options.name), context.progress)
     while True:
         try:
-            spec = spec_from_flags(options, _free_name(context, options.image))
+            spec = spec_from_flags(options, await _free_name(context, options.image))
             return await verb(spec, context.progress, new=True)
         except AlreadyExists:  # taken since we looked
             continue
@@ -107,9 +107,9 @@ def _read(name: str) -> list[VMSpec]:
     return load_specs(sys.stdin.buffer.read(MAX_FILE + 1), "standard input")
 
 
-def _free_name(context: Context, image: str) -> str:
+async def _free_name(context: Context, image: str) -> str:
     """A name that no VM has: the image's and a number."""
-    taken = set(context.host.store.names())
+    taken = set(await context.host.names())
     base = "".join(c if c.isascii() and c.isalnum() else "-" for c in image.lower())[:40].strip("-") or "vm"
     for number in range(1, 100_000):
         if (name := f"{base}-{number}") not in taken:

@@ -49,6 +49,23 @@ class Details:
     directory: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredImage:
+    """An image in a host's store; `current` unless its name leads to a newer one by now."""
+
+    image: Image
+    directory: str
+    current: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obtainable:
+    """An image that a host can build or fetch when a VM asks for it."""
+
+    name: str
+    about: str
+
+
 class HostApi(Protocol):
     """A machine that runs VMs."""
 
@@ -60,6 +77,9 @@ class HostApi(Protocol):
     async def check(self) -> list[Check]:
         """What works here, and what is missing, with the command that mends it."""
 
+    async def close(self) -> None:
+        """Let go of what is held open (a connection, say); the next verb takes it up again."""
+
     # VMs
 
     async def create(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
@@ -70,6 +90,9 @@ class HostApi(Protocol):
 
     async def run(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
         """Make a VM (as `create`) and start it; where the start fails, a VM that this call made is removed again."""
+
+    async def names(self) -> list[str]:
+        """The names of all VMs, in order."""
 
     async def vms(self) -> list[VMStatus]:
         """All VMs, by name."""
@@ -128,11 +151,17 @@ class HostApi(Protocol):
 
     # Images
 
-    async def image_list(self) -> list[Image]:
+    async def image_list(self) -> list[StoredImage]:
         """The images in the store."""
 
-    async def image_show(self, name: str) -> Image:
+    async def image_show(self, name: str) -> StoredImage:
         """One image."""
+
+    async def image_catalogue(self) -> list[Obtainable]:
+        """What else could be here: images that can be built, and those of the catalogue."""
+
+    async def image_pull(self, name: str, progress: Progress = silent) -> Image:
+        """The image `name`, built or fetched now where it is not here; raises NotFound with the nearest names."""
 
     async def image_build(self, kind: str, progress: Progress = silent, **options: str | int | None) -> Image:
         """Build image `kind` (tiny, debian) from Debian's packages."""

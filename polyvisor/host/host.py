@@ -21,7 +21,7 @@ from polyvisor.drivers.qemu.driver import QemuDriver
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host import prepare
-from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
+from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
 from polyvisor.host.keys import reserve_host_key
 from polyvisor.host.machine import host_status, total_memory_mib
@@ -74,6 +74,9 @@ class Host:
         from polyvisor.host.doctor import check_host
 
         return await check_host(self.home)
+
+    async def close(self) -> None:
+        """Nothing is held open."""
 
     # Making and removing
 
@@ -238,6 +241,9 @@ class Host:
 
     # Observing
 
+    async def names(self) -> list[str]:
+        return self.store.names()
+
     async def vms(self) -> list[VMStatus]:
         directories = [VMDirectory(self.home.vms / name) for name in self.store.names()]
         # Those that are alive are asked all at once; there is nothing to wait for with the others, often the most.
@@ -388,11 +394,17 @@ class Host:
 
     # Images
 
-    async def image_list(self) -> list[Image]:
-        return self.images.store.all()
+    async def image_list(self) -> list[StoredImage]:
+        return [self.images.stored(image) for image in self.images.store.all()]
 
-    async def image_show(self, name: str) -> Image:
-        return self.images.store.get(name)
+    async def image_show(self, name: str) -> StoredImage:
+        return self.images.stored(self.images.store.get(name))
+
+    async def image_catalogue(self) -> list[Obtainable]:
+        return self.images.obtainable()
+
+    async def image_pull(self, name: str, progress: Progress = silent) -> Image:
+        return await self.images.ensure(name, progress)
 
     async def image_build(self, kind: str, progress: Progress = silent, **options: Any) -> Image:
         return await self.images.build(kind, progress, **options)

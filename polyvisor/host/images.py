@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from polyvisor.errors import InvalidInput, NotFound
 from polyvisor.home import Home
+from polyvisor.host.api import Obtainable, StoredImage
 from polyvisor.images.image import Image, Seed
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.operation import Progress, silent
@@ -19,6 +20,22 @@ class Images:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.store = ImageStore(home.images)
+
+    def stored(self, image: Image) -> StoredImage:
+        """`image` with what the store knows of it."""
+        directory = str(self.store.directory(image))
+        return StoredImage(image=image, directory=directory, current=self.store.is_current(image))
+
+    def obtainable(self) -> list[Obtainable]:
+        """What can be built, and what the catalogue has beside that."""
+        from polyvisor.images import catalogue
+
+        built = sorted({"tiny", *BUILDABLE.values()})
+        fetched = [entry for entry in catalogue.entries(self.home.path) if entry.name not in built]
+        return [
+            *(Obtainable(name=name, about="built here from Debian's packages") for name in built),
+            *(Obtainable(name=entry.name, about="fetched from its makers") for entry in fetched),
+        ]
 
     async def ensure(self, name: str, progress: Progress = silent) -> Image:
         """The image `name`, built or fetched where the store lacks it; raises NotFound with the nearest names."""
