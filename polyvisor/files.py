@@ -51,6 +51,26 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
+def make_directory(path: Path, bits: int) -> None:
+    """Make directory `path` unless it is there; it has permissions `bits` from its first moment. Raises OSError.
+
+    The umask could spoil them, and is not ours to set: it belongs to all the threads of a process.
+    """
+    if path.is_dir():
+        return
+    from tempfile import mkdtemp  # not needed by most commands
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        staging.chmod(bits)
+        staging.rename(path)  # fails where somebody was quicker and has put something into it
+    except OSError:
+        staging.rmdir()
+        if not path.is_dir():
+            raise
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside directory `path` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

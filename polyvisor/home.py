@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyvisor.files import storage_errors
+from polyvisor.files import make_directory, storage_errors
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,7 @@ class Home:
                 (self.locks, 0o700),
                 (self.cache, 0o700),
             ):
-                if not directory.is_dir():
-                    _make_directory(directory, bits)
-
-
-def _make_directory(path: Path, bits: int) -> None:
-    """Make a directory that has its permissions from its first moment: what is there is not looked at again.
-
-    The umask could spoil them, and is not ours to set: it belongs to all the threads of a process.
-    """
-    from tempfile import mkdtemp  # not needed by most commands
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        staging.chmod(bits)
-        staging.rename(path)  # fails where somebody was quicker and has put something into it
-    except OSError:
-        staging.rmdir()
-        if not path.is_dir():
-            raise
+                make_directory(directory, bits)
 
 
 def default_home() -> Home:

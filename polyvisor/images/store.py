@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput, NotFound, PolyvisorError, WrongState
-from polyvisor.files import storage_errors, sync_directory, translated, write_atomic
+from polyvisor.files import make_directory, storage_errors, sync_directory, translated, write_atomic
 from polyvisor.images.image import Image, ImageFile, image_from_json, image_to_json
 from polyvisor.operation import Progress, Step, silent
 
@@ -106,8 +106,8 @@ class ImageStore:
     def staging(self) -> Iterator[Path]:
         """A new directory on the store's file system to make an image in; removed at the end, whatever happens."""
         with storage_errors("preparing the image store"):
-            self._store.mkdir(mode=0o711, parents=True, exist_ok=True)
-            self._names.mkdir(mode=0o711, parents=True, exist_ok=True)
+            make_directory(self._store, 0o711)
+            make_directory(self._names, 0o711)
             self._sweep()
             import tempfile
 
