@@ -7,8 +7,13 @@
     ├── Busy                another command holds the VM
     ├── WrongState          the VM can't do that as it is now
     ├── NotPermitted        the user lacks the rights
-    ├── Unavailable         this host lacks a program, a device or a resource
-    │   └── StorageFull     the disk is full
+    │   ├── LoginRefused    a host's SSH server does not let the user in
+    │   ├── HostKeyUnknown  nobody has said yet that a host's SSH key is right
+    │   └── HostKeyChanged  a host shows another SSH key than before
+    ├── Unavailable         this host lacks a program, a device or a resource; or a host can't be reached
+    │   ├── StorageFull     the disk is full
+    │   └── ConnectionLost  the connection to a host broke after it had been there
+    ├── ProtocolError       a host said something that Polyvisor's agents don't say
     ├── Unsupported         a driver declares in its Capabilities that it can't
     ├── ImageRefused        an image is corrupt, of an unknown format, or names files outside itself
     ├── CannotStart         the hypervisor refused the VM; carries its own last words
@@ -18,6 +23,7 @@
 
 An error says what failed and on what; its `hint` says what to do. `code` is stable and meant for
 programs, `exit_status` is what the command line exits with, `http_status` what an API answers.
+`details` names the attributes that an error has beside them, for those who carry errors elsewhere.
 Foreign exceptions are translated at the edge where they arise, with `from`. Only the command line exits.
 """
 
@@ -25,6 +31,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class PolyvisorError(Exception):
@@ -33,6 +40,7 @@ class PolyvisorError(Exception):
     code = "error"
     exit_status = 1
     http_status = 500
+    details: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -52,6 +60,7 @@ class InvalidInput(PolyvisorError):
     code = "invalid-input"
     exit_status = 2
     http_status = 422
+    details = ("field", "value", "problem")
 
     def __init__(self, field: str, value: object, problem: str, *, hint: str | None = None) -> None:
         super().__init__(f"{shortened(field)[1:-1]}: {shortened(value)}: {problem}", hint=hint)
@@ -90,6 +99,18 @@ class NotPermitted(PolyvisorError):
     http_status = 403
 
 
+class LoginRefused(NotPermitted):
+    code = "login-refused"
+
+
+class HostKeyUnknown(NotPermitted):
+    code = "host-key-unknown"
+
+
+class HostKeyChanged(NotPermitted):
+    code = "host-key-changed"
+
+
 class Unavailable(PolyvisorError):
     code = "unavailable"
     exit_status = 8
@@ -99,6 +120,15 @@ class Unavailable(PolyvisorError):
 class StorageFull(Unavailable):
     code = "storage-full"
     http_status = 507
+
+
+class ConnectionLost(Unavailable):
+    code = "connection-lost"
+
+
+class ProtocolError(PolyvisorError):
+    code = "protocol"
+    http_status = 502
 
 
 class Unsupported(PolyvisorError):
@@ -132,6 +162,7 @@ class ProcessFailed(PolyvisorError):
     """A program that Polyvisor called ended with an error."""
 
     code = "process-failed"
+    details = ("argv", "status", "stderr")
 
     def __init__(self, argv: Sequence[str], status: int, stderr: str, *, hint: str | None = None) -> None:
         last = stderr.strip().splitlines()[-1:] or [f"exit status {status}"]

@@ -111,6 +111,26 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
+async def converse(argv: Sequence[str], *, errors: IO[bytes], limit: int) -> asyncio.subprocess.Process:
+    """Start `argv` to talk with over its stdin and stdout; its stderr goes to `errors`, lines have at most `limit` bytes.
+
+    It is in a session of its own: Ctrl-C on the terminal is for the caller, who decides what becomes of it.
+    Raises ProcessFailed.
+    """
+    try:
+        return await asyncio.create_subprocess_exec(
+            *argv,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            limit=limit,
+        )
+    except OSError as error:
+        raise ProcessFailed(argv, 127, str(error)) from error
+
+
 def spawn_detached(
     argv: Sequence[str],
     *,

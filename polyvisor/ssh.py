@@ -92,5 +92,6 @@ def _options(target: SSHTarget) -> list[str]:
         "StrictHostKeyChecking": "accept-new",
         "ConnectTimeout": "60",
         "LogLevel": "ERROR",
+        **({"ProxyCommand": target.proxy} if target.proxy else {}),
     }
     return ["-F", "none", *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]

@@ -35,6 +35,7 @@ test|mmdebstrap|mmdebstrap|builds the image 'debian' (polyvisor image build debi
 test|newuidmap|uidmap|builds it without being root
 test|mke2fs|e2fsprogs|makes file systems without mounting them
 test|sfdisk|fdisk|checks the partition tables of images
+test|sshd|openssh-server|is a host that the tests reach by SSH
 test|zstd|zstd|unpacks images that are compressed with it
 test|mcopy|mtools|looks into the boot partitions of images
 test|mkfs.vfat|dosfstools|makes the boot partitions that they are compared with

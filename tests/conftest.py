@@ -21,6 +21,7 @@ from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.image import Image
 from polyvisor.images.store import ImageStore
+from tests.sshd import Server, serving
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,13 @@ def tiny(cache: Path, image_store: ImageStore) -> Image:
     from polyvisor.images.tiny import build_tiny
 
     return asyncio.run(build_tiny(image_store, cache / "home" / "cache"))
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An sshd that lets this user in, through loopback."""
+    with serving(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
 
 
 @contextlib.contextmanager

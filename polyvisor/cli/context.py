@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -24,10 +25,15 @@ class Context:
 
     debug: bool = False
     json: bool = False
+    on_host: str | None = None
 
     @cached_property
     def host(self) -> HostApi:
-        """The host that the verb is about."""
+        """The host that the verb is about: the one asked for by --host or $POLYVISOR_HOST, or this machine."""
+        if name := self.on_host or os.environ.get("POLYVISOR_HOST"):
+            from polyvisor.cli.remote import named_host
+
+            return named_host(name)
         from polyvisor.host.host import Host
 
         return Host()
@@ -40,15 +46,22 @@ class Context:
         return Display(quiet=self.json)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run the verb's coroutine to its end; the progress bar is gone by then."""
+        """Run the verb's coroutine to its end; the progress bar is gone by then, and the connection to a host closed."""
         import asyncio
 
         startup.ready()
         try:
-            return asyncio.run(work)
+            return asyncio.run(self._closing(work))
         finally:
             if "progress" in self.__dict__:
                 self.progress.close()
+
+    async def _closing(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await work
+        finally:
+            if "host" in self.__dict__:
+                await self.host.close()
 
     def look(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a verb that only looks: without an event loop where there is nothing to wait for.

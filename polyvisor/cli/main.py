@@ -45,7 +45,7 @@ VERBS = {
     "forward": ("forward", "list, add and remove port forwards"),
     "events": ("show", "follow changes of VMs"),
     "image": ("image", "images: build, import, list, show, rm"),
-    "host": ("host", "show this host and what it can run"),
+    "host": ("host", "hosts: add, list, show, check, rm; alone: show this one"),
     "doctor": ("host", "check what works here and how to mend the rest"),
     "completion": ("complete", "print the shell's completion script"),
 }
@@ -107,9 +107,13 @@ def _run(words: list[str]) -> int:
 
         complete()
     context = Context(debug="--debug" in words, json="--json" in words)
+    if words[:1] == ["agent"]:  # what `RemoteHost` starts on its host; nothing for people
+        from polyvisor.remote.agent import main as be_agent
+
+        return be_agent(words[1:])
     try:
         options = parse(words)
-        context = Context(debug=options.debug, json=options.json)
+        context = Context(debug=options.debug, json=options.json, on_host=options.on_host)
         return int(options.action(context, options) or 0)
     except PolyvisorError as error:
         report(error, context)
@@ -126,7 +130,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
     parser = build_parser([verb] if verb in VERBS else None)
     ours, remainder = _split(words) if verb in _WITH_COMMAND else (words, [])
-    options = parser.parse_args(ours, argparse.Namespace(json=False, debug=False))
+    options = parser.parse_args(ours, argparse.Namespace(json=False, debug=False, on_host=None))
     if not hasattr(options, "action"):
         parser.print_help()
         sys.exit(2 if words else 0)
@@ -136,7 +140,8 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def _verb(words: Sequence[str]) -> str | None:
-    return next((word for word in words if not word.startswith("-")), None)
+    before = ["", *words]  # the word after --host names a host
+    return next((word for word, last in zip(words, before, strict=False) if word[:1] != "-" and last != "--host"), None)
 
 
 def build_parser(verbs: Sequence[str] | None = None) -> argparse.ArgumentParser:

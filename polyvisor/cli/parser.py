@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from polyvisor.errors import InvalidInput, PolyvisorError
 
 COMMON = {"--json": "print JSON", "--debug": "show traces and the hypervisor's exact command"}
+HOST = "--host"
+ON_HOST = "do it on this host: a name (polyvisor host ls) or user@address; by default $POLYVISOR_HOST, or this machine"
 
 
 class UsageError(PolyvisorError):
@@ -29,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         # Every verb, and every verb below a verb, takes these. They may stand on either side of it, so none has a default.
         for flag, about in COMMON.items():
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=about)
+        self.add_argument(HOST, metavar="HOST", dest="on_host", default=argparse.SUPPRESS, help=ON_HOST)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(_shorter(message), hint=_nearest(message) or f"{self.prog} --help tells more")

@@ -37,7 +37,7 @@ def add_cp(parser: argparse.ArgumentParser) -> None:
 
 def log_in(context: Context, name: str, command: Sequence[str], *, timeout_s: float = READY_S) -> int:
     """Run a shell, or `command` as a shell takes it, in the guest; returns its exit status."""
-    return _call(ssh_argv(_wait(context, name, timeout_s), *command))
+    return call_on_terminal(ssh_argv(_wait(context, name, timeout_s), *command))
 
 
 def _exec(context: Context, options: argparse.Namespace) -> int:
@@ -50,14 +50,14 @@ def _exec(context: Context, options: argparse.Namespace) -> int:
 
 def _cp(context: Context, options: argparse.Namespace) -> int:
     target = _wait(context, guest_named([*options.source, options.target]), options.timeout)
-    return _call(scp_argv(target, options.source, options.target, recursive=options.recursive))
+    return call_on_terminal(scp_argv(target, options.source, options.target, recursive=options.recursive))
 
 
 def _wait(context: Context, name: str, timeout_s: float) -> SSHTarget:
     return context.run(context.host.wait_for_ssh(name, timeout_s=timeout_s, progress=context.progress))
 
 
-def _call(argv: list[str]) -> int:
+def call_on_terminal(argv: list[str]) -> int:
     """Run a program on this terminal; Ctrl-C is the program's. Returns its exit status, as a shell has it."""
     sys.stdout.flush()
     status = subprocess.call(argv)

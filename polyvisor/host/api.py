@@ -27,7 +27,10 @@ STOP_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class SSHTarget:
-    """How to log in to a guest: the host key is checked against `known_hosts`, where the first login puts it."""
+    """How to log in to a guest: the host key is checked against `known_hosts`, where the first login puts it.
+
+    `proxy` is the command that leads to `address` where that is not of this machine.
+    """
 
     address: str
     port: int
@@ -35,6 +38,7 @@ class SSHTarget:
     identity: Path
     known_hosts: Path
     alias: str
+    proxy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

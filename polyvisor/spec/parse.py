@@ -38,7 +38,7 @@ def structure(raw: object, kind: type[T], path: str = "") -> T:
     for name, required in _required(typing.cast("Any", kind)).items():
         if required and name not in raw:
             raise InvalidInput(_join(path, name), None, "is missing", hint=f"add '{name}: …'")
-    values = {key: _convert(value, known[key], _join(path, key)) for key, value in raw.items()}
+    values = {key: convert(value, known[key], _join(path, key)) for key, value in raw.items()}
     try:
         return kind(**values)
     except InvalidInput as error:
@@ -60,16 +60,22 @@ def unstructure(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _convert(value: object, kind: Any, path: str) -> Any:
+def convert(value: object, kind: Any, path: str) -> Any:
+    """`value`, plain data, as a value of type `kind`: a dataclass, an Enum, a tuple, list, dict or plain value of those.
+
+    `path` is where it stands, for error messages. Raises InvalidInput.
+    """
     if type(value) is kind and kind in _NAMES:  # most values: `ls` reads thousands
         return value
+    if kind is types.NoneType and value is None:
+        return None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), path)
-    if origin is tuple:
+        return None if value is None else convert(value, next(a for a in arguments if a is not type(None)), path)
+    if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             raise InvalidInput(path, value, "is not a list", hint=f"write {path}: [ … ]")
-        return tuple(_convert(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
+        return origin(convert(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         return _convert_dict(value, arguments[1], path)
     if dataclasses.is_dataclass(kind):
@@ -87,7 +93,7 @@ def _convert_dict(value: object, kind: Any, path: str) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
             raise InvalidInput(path, key, "is a key that is not text", hint="put it in quotes")
-    return {key: _convert(item, kind, f"{path}.{key}") for key, item in value.items()}
+    return {key: convert(item, kind, f"{path}.{key}") for key, item in value.items()}
 
 
 def _convert_enum(value: object, kind: type[Enum], path: str) -> Enum:

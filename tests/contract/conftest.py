@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from polyvisor.home import Home
 from polyvisor.host.api import HostApi
 from polyvisor.host.host import Host
+from polyvisor.remote.host import RemoteHost
 from polyvisor.spec.vm import VMSpec
 from tests.contract.guest import BOOT_S
+from tests.sshd import Server
 
 _numbers = itertools.count(1)
 
 
-@pytest.fixture
-def api(host: Host) -> HostApi:
-    """The host under test: this machine, with QEMU."""
-    return host
+@pytest.fixture(params=["here", "by-ssh"])
+async def api(request: pytest.FixtureRequest, host: Host, sshd: Server, tmp_path: Path) -> AsyncIterator[HostApi]:
+    """The host under test: this machine, with QEMU; the same as a remote host, by SSH over loopback."""
+    if request.param == "here":
+        yield host
+        return
+    remote = RemoteHost(sshd.entry(host.home.path), Home(tmp_path / "client"))
+    yield remote
+    await remote.close()
 
 
 @pytest.fixture

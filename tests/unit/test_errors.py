@@ -28,6 +28,11 @@ STATUSES = {
     "cannot-start": 1,
     "download-failed": 1,
     "process-failed": 1,
+    "host-key-changed": 7,
+    "host-key-unknown": 7,
+    "login-refused": 7,
+    "connection-lost": 8,
+    "protocol": 1,
     "qmp-lost": 1,
     "qmp-refused": 1,
 }

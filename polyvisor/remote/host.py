@@ -1,0 +1,306 @@
+"""`RemoteHost`: another machine, through its agent.
+
+Every verb is one call. A connection that is lost in the middle of a call is opened again, and the call sent again under its
+key: the host has done it, is still at it, or has never heard of it, and in each case gives the one right answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar
+
+from polyvisor.errors import (
+    ConnectionLost,
+    HostKeyUnknown,
+    InvalidInput,
+    LoginRefused,
+    PolyvisorError,
+    ProtocolError,
+    TimedOut,
+    Unavailable,
+)
+from polyvisor.files import make_directory, storage_errors, write_atomic
+from polyvisor.home import Home
+from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
+from polyvisor.images.image import Image
+from polyvisor.operation import Progress, Step, silent
+from polyvisor.remote.address import Entry
+from polyvisor.remote.archive import archive
+from polyvisor.remote.connection import Connection, Stream
+from polyvisor.remote.link import Link, shared_directory
+from polyvisor.remote.wire import LOOKS, Access, decode
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.parse import convert
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import Check, Event, HostStatus, VMStatus
+
+T = TypeVar("T")
+
+RECONNECT_S = 60.0
+_CHUNK = 1 << 20
+# Runs ssh on the user's terminal, so that it can ask; returns its exit status.
+Ask = Callable[[list[str]], int]
+
+
+class RemoteHost:
+    """The host of `entry`; implements `HostApi`. Keys and the application for hosts are kept in `home`.
+
+    With `accept_new` the key of a host that was never seen is taken as it is. `ask`, where there is somebody to ask, is
+    called when SSH has a question (the host's key, a password).
+    """
+
+    def __init__(self, entry: Entry, home: Home, *, accept_new: bool = False, ask: Ask | None = None) -> None:
+        self.entry = entry
+        self.home = home
+        home.prepare()
+        self.link = Link(entry, shared_directory(home.path), accept_new=accept_new)
+        self._ask = ask
+        self._connection: Connection | None = None
+        self._connecting: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+        self._streams: set[Stream] = set()
+
+    async def close(self) -> None:
+        for stream in list(self._streams):
+            await self._end(stream)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    # Calls
+
+    async def connect(self) -> Connection:
+        """The connection, opened where there is none; raises what is wrong with the host."""
+        if self._connection is not None and self._connection.usable:
+            return self._connection
+        async with self._lock():
+            if self._connection is None or not self._connection.usable:
+                stale, self._connection = self._connection, None
+                if stale is not None and stale.loop is asyncio.get_running_loop():
+                    await stale.close()
+                self._connection = await self._asked(
+                    lambda: Connection.open(self.link, self._archive(), self.entry.home)
+                )
+            return self._connection
+
+    def _lock(self) -> asyncio.Lock:
+        """One lock for each event loop, so that two calls at once open one connection."""
+        loop = asyncio.get_running_loop()
+        if self._connecting is None or self._connecting[0] is not loop:
+            self._connecting = loop, asyncio.Lock()
+        return self._connecting[1]
+
+    async def _asked(self, connect: Callable[[], Any]) -> Any:
+        """What `connect` returns; where SSH has a question and somebody can answer, it is asked first."""
+        try:
+            return await connect()
+        except (HostKeyUnknown, LoginRefused):
+            if self._ask is None or self._ask(self.link.argv("true", interactive=True)) != 0:
+                raise
+            return await connect()
+
+    def _archive(self) -> Path:
+        return archive(self.home.cache / "application")
+
+    async def _call(self, kind: type[T], method: str, progress: Progress = silent, /, **arguments: Any) -> T:
+        """The result, of type `kind`, of a verb that is done once, whatever becomes of the connection meanwhile."""
+        key = None if method in LOOKS else str(uuid.uuid4())
+        lost_at: float | None = None
+        while True:
+            try:
+                connection = await self.connect()
+                raw = await connection.call(method, arguments, key=key, progress=progress)
+            except (ConnectionLost, Unavailable, TimedOut) as error:
+                if not self._is_ours(error, lost_at is not None):
+                    raise
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > RECONNECT_S:
+                    raise self._given_up(method, error) from error
+                progress(Step("reconnecting", int(time.monotonic() - lost_at), int(RECONNECT_S), "s"))
+                await asyncio.sleep(0.5)
+            else:
+                return self._typed(kind, method, raw)
+
+    def _is_ours(self, error: PolyvisorError, lost: bool) -> bool:
+        """Whether the connection has failed after it had been there, rather than the verb, or the very first attempt."""
+        if isinstance(error, ConnectionLost):
+            return True
+        return lost and (self._connection is None or not self._connection.usable)
+
+    def _given_up(self, method: str, error: PolyvisorError) -> PolyvisorError:
+        return ConnectionLost(
+            f"host '{self.entry.name}': the connection was lost during '{method}', and it can't be reached: {error.message}",
+            hint=f"what was begun there goes on; look again: polyvisor --host {self.entry.name} ls",
+        )
+
+    def _typed(self, kind: type[T], method: str, raw: object) -> T:
+        try:
+            result: T = convert(raw, kind, method)
+        except InvalidInput as error:
+            raise ProtocolError(f"host '{self.entry.name}' answered what is no answer: {error.message}") from error
+        return result
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, kind: str, **arguments: object) -> AsyncIterator[Stream]:
+        stream = await self._opened(kind, **arguments)
+        try:
+            yield stream
+        finally:
+            await self._end(stream)
+
+    async def _opened(self, kind: str, **arguments: object) -> Stream:
+        stream: Stream = await self._asked(
+            lambda: Stream.open(self.link, self._archive(), self.entry.home, kind, **arguments)
+        )
+        self._streams.add(stream)
+        return stream
+
+    async def _end(self, stream: Stream) -> None:
+        self._streams.discard(stream)
+        await stream.close()
+
+    # The host itself
+
+    async def status(self) -> HostStatus:
+        return await self._call(HostStatus, "status")
+
+    async def check(self) -> list[Check]:
+        return await self._call(list[Check], "check")
+
+    # VMs
+
+    async def create(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
+        return await self._call(VMStatus, "create", progress, spec=spec, new=new)
+
+    async def run(self, spec: VMSpec, progress: Progress = silent, *, new: bool = False) -> VMStatus:
+        return await self._call(VMStatus, "run", progress, spec=spec, new=new)
+
+    async def names(self) -> list[str]:
+        return await self._call(list[str], "names")
+
+    async def vms(self) -> list[VMStatus]:
+        return await self._call(list[VMStatus], "vms")
+
+    async def show(self, name: str) -> Details:
+        return await self._call(Details, "show", name=name)
+
+    async def start(self, name: str, progress: Progress = silent) -> VMStatus:
+        return await self._call(VMStatus, "start", progress, name=name)
+
+    async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
+        return await self._call(VMStatus, "stop", progress, name=name, timeout_s=float(timeout_s))
+
+    async def kill(self, name: str) -> VMStatus:
+        return await self._call(VMStatus, "kill", name=name)
+
+    async def reboot(
+        self, name: str, *, force: bool = False, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent
+    ) -> VMStatus:
+        return await self._call(VMStatus, "reboot", progress, name=name, force=force, timeout_s=float(timeout_s))
+
+    async def pause(self, name: str) -> VMStatus:
+        return await self._call(VMStatus, "pause", name=name)
+
+    async def resume(self, name: str) -> VMStatus:
+        return await self._call(VMStatus, "resume", name=name)
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        await self._call(NoneType, "remove", name=name, force=force)
+
+    async def add_forward(self, name: str, forward: Forward) -> VMStatus:
+        return await self._call(VMStatus, "add_forward", name=name, forward=forward)
+
+    async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
+        return await self._call(VMStatus, "remove_forward", name=name, forward=forward)
+
+    # Inside the VM
+
+    async def console(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        stream = await self._opened("console", name=name)
+        return stream.reader, stream.writer
+
+    async def log(self, name: str, *, hypervisor: bool = False, follow: bool = False) -> AsyncIterator[bytes]:
+        async with self._stream("log", name=name, hypervisor=hypervisor, follow=follow) as stream:
+            while chunk := await stream.reader.read(_CHUNK):
+                yield chunk
+
+    async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
+        async with self._stream("events", names=list(names)) as stream:
+            while line := await stream.reader.readline():
+                yield convert(decode(line).get("params"), Event, "event")
+
+    async def ssh_target(self, name: str) -> SSHTarget:
+        return self._target(name, await self._call(Access, "ssh_target", name=name))
+
+    async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
+        return self._target(
+            name, await self._call(Access, "wait_for_ssh", progress, name=name, timeout_s=float(timeout_s))
+        )
+
+    def _target(self, name: str, access: Access) -> SSHTarget:
+        """`access` with its keys in files of this machine, and a way through the connection to the host."""
+        host = hashlib.sha256(self.entry.url.encode()).hexdigest()[:16]
+        directory = self.home.path / "access" / host
+        identity, known_hosts = directory / "identity", directory / f"{name}.known_hosts"
+        with storage_errors("keeping the guest's keys"):
+            make_directory(directory, 0o700)
+            write_atomic(identity, access.identity)
+            if access.known_hosts or not known_hosts.exists():
+                write_atomic(known_hosts, access.known_hosts)
+        return SSHTarget(
+            address=access.address,
+            port=access.port,
+            user=access.user,
+            alias=access.alias,
+            identity=identity,
+            known_hosts=known_hosts,
+            proxy=self.link.tunnel(access.address, access.port),
+        )
+
+    # Images
+
+    async def image_list(self) -> list[StoredImage]:
+        return await self._call(list[StoredImage], "image_list")
+
+    async def image_show(self, name: str) -> StoredImage:
+        return await self._call(StoredImage, "image_show", name=name)
+
+    async def image_catalogue(self) -> list[Obtainable]:
+        return await self._call(list[Obtainable], "image_catalogue")
+
+    async def image_pull(self, name: str, progress: Progress = silent) -> Image:
+        return await self._call(Image, "image_pull", progress, name=name)
+
+    async def image_build(self, kind: str, progress: Progress = silent, **options: Any) -> Image:
+        return await self._call(Image, "image_build", progress, kind=kind, **options)
+
+    async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
+        if "://" not in source:
+            source = await self._upload(Path(source), progress)
+        return await self._call(Image, "image_import", progress, source=source, name=name, **options)
+
+    async def image_remove(self, name: str) -> None:
+        await self._call(NoneType, "image_remove", name=name)
+
+    async def _upload(self, path: Path, progress: Progress) -> str:
+        """Carry a file to the host; returns the word that stands for it there, until it is imported."""
+        async with AsyncExitStack() as stack:
+            with storage_errors(f"reading {path}"):
+                file = stack.enter_context(path.open("rb"))
+                size = path.stat().st_size
+            stream = await stack.enter_async_context(self._stream("upload", name=path.name, size=size))
+            try:
+                while chunk := file.read(_CHUNK):
+                    stream.writer.write(chunk)
+                    await stream.writer.drain()
+                    progress(Step("uploading", file.tell(), size, "B"))
+                return str(await stream.result())
+            except ConnectionError as error:
+                raise ConnectionLost(f"host '{self.entry.name}': the connection was lost while uploading") from error
