@@ -7,6 +7,7 @@ in the environment there are more boots (twenty minutes): update-grub, emulated 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.errors import TimedOut
+from polyvisor.errors import NotFound, TimedOut
 from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.debian import build_debian
@@ -55,6 +56,12 @@ async def output(host: Host, boot: str, command: str) -> str:
     done = await execute(host, f"by-{boot}", ["sh", "-c", command], timeout_s=300)
     assert done.status == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout.strip()
+
+
+async def forget(host: Host, boot: str) -> None:
+    """Remove the VM of an earlier test, if that was run."""
+    with contextlib.suppress(NotFound):
+        await host.remove(f"by-{boot}", force=True)
 
 
 async def console(host: Host, boot: str) -> str:
@@ -179,7 +186,7 @@ async def test_update_grub_keeps_the_guest_bootable(
 @exhaustive
 @pytest.mark.parametrize("boot", ["bios", "uefi"])
 async def test_emulated_devices(image: Image, host: Host, boot: str) -> None:
-    await host.remove(f"by-{boot}", force=True)
+    await forget(host, boot)
     await host.run(spec_of(boot, devices=DeviceModel.EMULATED))
     await host.wait_for_ssh(f"by-{boot}", timeout_s=BOOT_S)
     assert (await output(host, boot, "cloud-init status --wait")).endswith("status: done")
@@ -193,7 +200,7 @@ async def test_emulated_devices(image: Image, host: Host, boot: str) -> None:
 async def test_trixie_boots(host: Host, cache: Path) -> None:
     image = await build_debian(host.images.store, cache / "home" / "cache", suite="trixie")
     assert image.name == "debian-13"
-    await host.remove("by-uefi", force=True)
+    await forget(host, "uefi")
     await host.run(spec_of("uefi", image="debian-13"))
     await host.wait_for_ssh("by-uefi", timeout_s=BOOT_S)
     assert 'VERSION_ID="13"' in await output(host, "uefi", "cat /etc/os-release")

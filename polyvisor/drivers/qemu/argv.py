@@ -38,8 +38,8 @@ def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[s
         *control_argv(),
         *console_argv(),
         *display_argv(boot.devices),
-        *(word for i, disk in enumerate(boot.disks) for word in disk_argv(i, disk, boot.devices)),
-        *seed_argv(boot.seed, boot.devices),
+        *(word for i, disk in enumerate(boot.disks) for word in disk_argv(i, disk, boot.devices, boot.firmware)),
+        *seed_argv(boot.seed, len(boot.disks), boot.devices, boot.firmware),
         *(word for i, nic in enumerate(boot.nics) for word in nic_argv(i, nic, boot.devices)),
         *(["-device", "virtio-rng-pci"] if boot.devices is DeviceModel.PARAVIRTUAL else []),
     ]

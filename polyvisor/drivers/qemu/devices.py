@@ -12,13 +12,13 @@ from typing import Any
 
 from polyvisor.drivers.base import BootDisk, BootNic
 from polyvisor.spec.forward import Forward
-from polyvisor.spec.vm import DeviceModel
+from polyvisor.spec.vm import DeviceModel, Firmware
 
-# Places on the IDE controller of the machine `pc`; QEMU fills them in order.
+# Places on the IDE controller of the machine `pc`; `q35` has two more, which nobody is to miss after a change of firmware.
 IDE_PLACES = 4
 
 
-def disk_argv(index: int, disk: BootDisk, devices: DeviceModel) -> list[str]:
+def disk_argv(index: int, disk: BootDisk, devices: DeviceModel, firmware: Firmware) -> list[str]:
     """A qcow2 disk, with its backing file under it; the first one is booted from."""
     node = f"disk{index}"
     options: dict[str, Any] = {
@@ -29,17 +29,22 @@ def disk_argv(index: int, disk: BootDisk, devices: DeviceModel) -> list[str]:
         "backing": _backing(disk.backing),
     }
     boot = ",bootindex=1" if index == 0 else ""
-    device = "ide-hd" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
+    device = f"ide-hd,{ide_place(index, firmware)}" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
     return ["-blockdev", _json(options), "-device", f"{device},drive={node},id={node}-dev{boot}"]
 
 
-def seed_argv(seed: Path | None, devices: DeviceModel) -> list[str]:
-    """The NoCloud seed, as one more disk, read-only."""
+def ide_place(index: int, firmware: Firmware) -> str:
+    """Where disk `index` is attached: `pc` has two IDE buses for two disks each, `q35` SATA ports for one each."""
+    return f"bus=ide.{index}" if firmware is Firmware.UEFI else f"bus=ide.{index // 2},unit={index % 2}"
+
+
+def seed_argv(seed: Path | None, index: int, devices: DeviceModel, firmware: Firmware) -> list[str]:
+    """The NoCloud seed, as disk `index`, read-only."""
     if seed is None:
         return []
     file = {"driver": "file", "filename": str(seed), "read-only": True}
     options = {"node-name": "seed", "driver": "raw", "read-only": True, "file": file}
-    device = "ide-cd" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
+    device = f"ide-cd,{ide_place(index, firmware)}" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
     return ["-blockdev", _json(options), "-device", f"{device},drive=seed,id=seed-dev"]
 
 
