@@ -14,10 +14,11 @@ from bench.harness import RESULTS, Failed, Report, as_text, call, environment, t
 from bench.libvirt import Libvirt, libvirt
 from bench.listing import bench_listing
 from bench.product import Polyvisor
+from bench.remote import bench_remote
 from bench.start import Stamps, bench_start
 from polyvisor.drivers.qemu.programs import find_binary
 
-BENCHES = ("cli", "start", "ls")
+BENCHES = ("cli", "start", "ls", "remote")
 
 
 def main() -> int:
@@ -34,6 +35,7 @@ def main() -> int:
             "cli": lambda: bench_cli(polyvisor, 2 * options.runs),
             "start": lambda: bench_start(polyvisor, stamps, scratch, peer, options.runs),
             "ls": lambda: bench_listing(polyvisor, scratch, peer, options.runs),
+            "remote": lambda: bench_remote(polyvisor, scratch, options.runs),
         }
         machine = environment(
             qemu=call([find_binary(), "--version"]).splitlines()[0],

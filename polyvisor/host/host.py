@@ -322,11 +322,11 @@ class Host:
         async with self._locked(name, "forward") as vm:
             index = _user_nic(vm.record.spec)
             launch = vm.launch()
+            if vm.alive() and launch is not None and not any(_leads(forward, live) for live in launch.forwards):
+                [chosen] = chosen_forwards([forward])
+                await self.driver.add_forward(vm, index, chosen)
+                vm.write_launch(replace(launch, forwards=(*launch.forwards, chosen)))
             if _matching(forward, vm.record.spec.nics[index].forwards) is None:
-                if vm.alive() and launch is not None:
-                    [chosen] = chosen_forwards([forward])
-                    await self.driver.add_forward(vm, index, chosen)
-                    vm.write_launch(replace(launch, forwards=(*launch.forwards, chosen)))
                 self._write_forwards(vm, index, (*vm.record.spec.nics[index].forwards, str(forward)))
             return await self._status(VMDirectory(vm.path))
 
@@ -335,8 +335,8 @@ class Host:
             index = _user_nic(vm.record.spec)
             kept = vm.record.spec.nics[index].forwards
             launch = vm.launch()
-            text = _matching(forward, kept)
             live = next((f for f in launch.forwards if _leads(forward, f)), None) if launch and vm.alive() else None
+            text = _matching(forward, kept) or (_of_any_port(forward, kept) if live else None)
             if text is None and live is None:
                 raise NotFound(f"VM '{name}' has no forward {forward}", hint=f"polyvisor show {name} lists them")
             if launch is not None and live is not None:
@@ -450,6 +450,12 @@ def _leads(asked: Forward, there: Forward) -> bool:
     return same and (
         not asked.host_port or (asked.host_port, asked.host_address) == (there.host_port, there.host_address)
     )
+
+
+def _of_any_port(asked: Forward, texts: Sequence[str]) -> str | None:
+    """The one that lets the host choose the port, and so may have got the port `asked` for."""
+    wanted = (asked.guest_port, asked.protocol, 0)
+    return next((t for t in texts if ((f := parse_forward(t)).guest_port, f.protocol, f.host_port) == wanted), None)
 
 
 def _matching(asked: Forward, texts: Sequence[str]) -> str | None:

@@ -19,6 +19,7 @@ from polyvisor.remote.address import Entry
 from polyvisor.remote.link import Link, explained
 from polyvisor.remote.wire import MAX_LINE, decode, encode, raised
 from polyvisor.spec.parse import convert
+from polyvisor.ssh import SSH_FAILED
 
 # How the host's shell says what it lacks, before there is an agent that could.
 _WANTS, _NO_PYTHON, _OLD_PYTHON, _NO_PLACE = "wants", "no-python", "old-python", "no-place"
@@ -230,6 +231,11 @@ class Stream:
         if "error" in message:
             raise raised(message["error"])
         return message.get("result")
+
+    async def check_end(self) -> None:
+        """Raises ConnectionLost unless it was the host that ended the stream."""
+        if await self.process.wait() == SSH_FAILED:
+            raise ConnectionLost("the connection is lost", hint="what came before is not all there is")
 
     async def close(self) -> None:
         await end(self.process)

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import NoneType
@@ -24,6 +24,7 @@ from polyvisor.errors import (
     LoginRefused,
     PolyvisorError,
     ProtocolError,
+    StorageFull,
     TimedOut,
     Unavailable,
 )
@@ -45,6 +46,7 @@ from polyvisor.status import Check, Event, HostStatus, VMStatus
 T = TypeVar("T")
 
 RECONNECT_S = 60.0
+_PAUSE_S = 0.3
 _CHUNK = 1 << 20
 # Runs ssh on the user's terminal, so that it can ask; returns its exit status.
 Ask = Callable[[list[str]], int]
@@ -112,27 +114,34 @@ class RemoteHost:
     async def _call(self, kind: type[T], method: str, progress: Progress = silent, /, **arguments: Any) -> T:
         """The result, of type `kind`, of a verb that is done once, whatever becomes of the connection meanwhile."""
         key = None if method in LOOKS else str(uuid.uuid4())
+
+        async def call(connection: Connection) -> Any:
+            return await connection.call(method, arguments, key=key, progress=progress)
+
+        return self._typed(kind, method, await self._again(method, call, progress))
+
+    async def _again(self, method: str, work: Callable[[Connection], Awaitable[T]], progress: Progress) -> T:
+        """What `work` returns, begun again where the connection is lost meanwhile; raises ConnectionLost after a minute."""
         lost_at: float | None = None
         while True:
+            failure: PolyvisorError
             try:
                 connection = await self.connect()
-                raw = await connection.call(method, arguments, key=key, progress=progress)
-            except (ConnectionLost, Unavailable, TimedOut) as error:
-                if not self._is_ours(error, lost_at is not None):
+            except (Unavailable, TimedOut) as error:
+                if lost_at is None:
                     raise
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > RECONNECT_S:
-                    raise self._given_up(method, error) from error
-                progress(Step("reconnecting", int(time.monotonic() - lost_at), int(RECONNECT_S), "s"))
-                await asyncio.sleep(0.5)
+                failure = error
             else:
-                return self._typed(kind, method, raw)
-
-    def _is_ours(self, error: PolyvisorError, lost: bool) -> bool:
-        """Whether the connection has failed after it had been there, rather than the verb, or the very first attempt."""
-        if isinstance(error, ConnectionLost):
-            return True
-        return lost and (self._connection is None or not self._connection.usable)
+                try:
+                    return await work(connection)
+                except ConnectionLost as error:
+                    lost_at = lost_at or time.monotonic()
+                    failure = error
+            lasting = time.monotonic() - lost_at
+            if lasting > RECONNECT_S:
+                raise self._given_up(method, failure) from failure
+            progress(Step("reconnecting", int(lasting), int(RECONNECT_S), "s"))
+            await asyncio.sleep(_PAUSE_S)
 
     def _given_up(self, method: str, error: PolyvisorError) -> PolyvisorError:
         return ConnectionLost(
@@ -230,11 +239,13 @@ class RemoteHost:
         async with self._stream("log", name=name, hypervisor=hypervisor, follow=follow) as stream:
             while chunk := await stream.reader.read(_CHUNK):
                 yield chunk
+            await stream.check_end()
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
         async with self._stream("events", names=list(names)) as stream:
             while line := await stream.reader.readline():
                 yield convert(decode(line).get("params"), Event, "event")
+            await stream.check_end()
 
     async def ssh_target(self, name: str) -> SSHTarget:
         return self._target(name, await self._call(Access, "ssh_target", name=name))
@@ -283,7 +294,8 @@ class RemoteHost:
 
     async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
         if "://" not in source:
-            source = await self._upload(Path(source), progress)
+            path = Path(source)
+            source = await self._again("image_import", lambda _: self._upload(path, progress), progress)
         return await self._call(Image, "image_import", progress, source=source, name=name, **options)
 
     async def image_remove(self, name: str) -> None:
@@ -295,12 +307,14 @@ class RemoteHost:
             with storage_errors(f"reading {path}"):
                 file = stack.enter_context(path.open("rb"))
                 size = path.stat().st_size
-            stream = await stack.enter_async_context(self._stream("upload", name=path.name, size=size))
             try:
+                stream = await stack.enter_async_context(self._stream("upload", name=path.name, size=size))
                 while chunk := file.read(_CHUNK):
                     stream.writer.write(chunk)
                     await stream.writer.drain()
                     progress(Step("uploading", file.tell(), size, "B"))
                 return str(await stream.result())
-            except ConnectionError as error:
+            except StorageFull:
+                raise
+            except (ConnectionError, Unavailable, TimedOut) as error:  # it was there when this was begun
                 raise ConnectionLost(f"host '{self.entry.name}': the connection was lost while uploading") from error

@@ -132,6 +132,16 @@ async def test_forwards_of_the_spec_and_of_a_running_vm(api: HostApi, booted: st
         await api.remove_forward(booted, Forward(host_port=port, guest_port=7000))
 
 
+async def test_a_forward_of_any_port_is_removed_by_the_port_it_has(api: HostApi, running: str) -> None:
+    """It does not come back, neither now nor at the next start; and it can be added again."""
+    forward = Forward(host_port=0, guest_port=8000)
+    port = next(f for f in (await api.add_forward(running, forward)).forwards if f.guest_port == 8000)
+    await api.remove_forward(running, port)
+    await api.kill(running)
+    assert 8000 not in [f.guest_port for f in (await api.start(running)).forwards]
+    assert 8000 in [f.guest_port for f in (await api.add_forward(running, forward)).forwards]
+
+
 async def test_a_forward_lasts_beyond_a_stop(api: HostApi, running: str) -> None:
     await api.add_forward(running, Forward(host_port=0, guest_port=8000))
     await api.kill(running)

@@ -61,7 +61,7 @@ BELOW = ("errors", "files", "process", "operation", "home", "spec", "status", "w
         ("drivers", (*BELOW, "drivers", "network")),
         ("host", (*BELOW, "drivers", "network", "images", "host")),
         ("ssh", (*BELOW, "host")),
-        ("remote", (*BELOW, "drivers", "network", "images", "host", "remote")),
+        ("remote", (*BELOW, "drivers", "network", "images", "host", "remote", "ssh")),
     ],
 )
 def test_what_a_package_may_know(package: str, may: tuple[str, ...]) -> None:
