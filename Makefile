@@ -23,7 +23,7 @@ demo: setup
 test:
 	@sh scripts/setup.sh test
 	@$(MAKE) --no-print-directory check
-	$(UV) run pytest
+	$(UV) run pytest -n auto --dist loadgroup
 
 check:
 	$(UV) run ruff check

@@ -24,6 +24,11 @@ from polyvisor.images.store import ImageStore
 from tests.sshd import Server, serving
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest goes first: with several workers none is left alone with it at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where what is expensive to make is kept between runs of the tests."""

@@ -27,7 +27,13 @@ from polyvisor.ssh import execute
 from polyvisor.status import VMState
 from tests.conftest import temporary_home
 
-pytestmark = [pytest.mark.qemu, pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.xdist_group("debian"),
+    pytest.mark.qemu,
+    pytest.mark.network,
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+]
 exhaustive = pytest.mark.skipif(
     not os.environ.get("POLYVISOR_TEST_ALL"), reason="boots for many minutes: set POLYVISOR_TEST_ALL=1"
 )
