@@ -23,7 +23,7 @@ demo: setup
 test:
 	@sh scripts/setup.sh test
 	@$(MAKE) --no-print-directory check
-	$(UV) run pytest -n auto --dist loadgroup
+	$(UV) run pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check:
 	$(UV) run ruff check

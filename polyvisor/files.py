@@ -6,10 +6,12 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from polyvisor.errors import NotPermitted, PolyvisorError, StorageFull
+
+_POLL_S = 0.02
 
 
 @contextlib.contextmanager
@@ -90,6 +92,26 @@ def read_small(path: str) -> bytes:
         raise
     finally:
         os.close(fd)
+
+
+async def take_flock(fd: int, waiting: Callable[[], None] = lambda: None) -> None:
+    """Wait for an exclusive flock(2) on an open file; `waiting` is called once where another process has it.
+
+    The kernel drops it when the file is closed, or its holder dies.
+    """
+    import asyncio  # not needed by those who only look
+
+    told = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not told:
+                waiting()
+                told = True
+            await asyncio.sleep(_POLL_S)
+        else:
+            return
 
 
 def is_flocked(path: Path | str) -> bool:

@@ -6,16 +6,14 @@ the hypervisor, and the next VM takes it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from polyvisor.errors import PolyvisorError
-from polyvisor.files import storage_errors
+from polyvisor.files import storage_errors, take_flock
 from polyvisor.images.hostkey import HostKey
 from polyvisor.process import find_program, run
 
@@ -23,7 +21,6 @@ SSH = "ssh"
 HOST_KEY = "host_key"
 KNOWN_HOSTS = Path(SSH, "known_hosts")
 RESERVE = "reserve"
-_POLL_S = 0.02
 
 
 async def login_key(keys: Path) -> tuple[Path, str]:
@@ -91,12 +88,7 @@ async def _alone(directory: Path) -> AsyncIterator[None]:
     """Hold the lock on `directory`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await asyncio.sleep(_POLL_S)
+        await take_flock(fd)
         yield
     finally:
         os.close(fd)

@@ -8,15 +8,16 @@ what stands around it. docs/design/debian-image.md says why.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput, NotFound, ProcessFailed, StorageFull, Unavailable
-from polyvisor.files import is_flocked, storage_errors
+from polyvisor.files import is_flocked, storage_errors, take_flock
 from polyvisor.images.debian_disk import Disk, cmdline, generated_files, plan_disk, write_boot
 from polyvisor.images.debian_log import BuildLog
 from polyvisor.images.fetch import fetch
@@ -27,7 +28,7 @@ from polyvisor.images.partition import MIB
 from polyvisor.images.qemu_img import pack
 from polyvisor.images.sources import DEFAULT_MIRROR, default_mirror
 from polyvisor.images.store import ImageStore, check_image_name
-from polyvisor.operation import Progress, silent
+from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import install_command, run
 
 SUITES = {"bookworm": "debian-12", "trixie": "debian-13"}
@@ -141,7 +142,8 @@ async def build_debian(
             disk = plan_disk(size_gib << 30)
             packages = packages_directory(cache, suite)
             prepare(work, packages, disk, sources)
-            await _build(work, packages, disk, suite, progress)
+            async with _alone(packages, progress):
+                await _build(work, packages, disk, suite, progress)
             await _finish(work, staging, disk, progress)
         finally:
             await asyncio.shield(remove_tree(work))
@@ -199,6 +201,17 @@ async def _sweep(store: ImageStore) -> None:
     for left in (store.path / "store").glob(".new-*/work"):
         if not is_flocked(left.parent):
             await remove_tree(left)
+
+
+@contextlib.asynccontextmanager
+async def _alone(packages: Path, progress: Progress) -> AsyncIterator[None]:
+    """Hold the packages of a suite, which apt fetches for one build at a time."""
+    fd = os.open(packages, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        await take_flock(fd, lambda: progress(Step("waiting for another build of this suite")))
+        yield
+    finally:
+        os.close(fd)
 
 
 async def _build(work: Path, packages: Path, disk: Disk, suite: str, progress: Progress) -> None:

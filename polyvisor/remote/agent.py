@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Coroutine
 from typing import Any, BinaryIO
 
 from polyvisor import __version__
@@ -253,17 +254,38 @@ async def _log(host: HostApi, raw: dict[str, Any], begin: Any, out: BinaryIO) ->
     chunks = host.log(str(raw["name"]), hypervisor=bool(raw["hypervisor"]), follow=bool(raw["follow"]))
     first = await anext(chunks, b"")
     begin({"result": None})
-    out.write(first)
-    async for chunk in chunks:
-        out.write(chunk)
+
+    async def show() -> None:
+        out.write(first)
         out.flush()
-    out.flush()
+        async for chunk in chunks:
+            out.write(chunk)
+            out.flush()
+
+    await _while_connected(show())
 
 
 async def _events(host: HostApi, names: tuple[str, ...], begin: Any, out: BinaryIO) -> None:
     for name in names:
         await host.show(name)
     begin({"result": None})
-    async for event in host.events(names):
-        out.write(encode({"method": "event", "params": unstructure(event)}))
-        out.flush()
+
+    async def show() -> None:
+        async for event in host.events(names):
+            out.write(encode({"method": "event", "params": unstructure(event)}))
+            out.flush()
+
+    await _while_connected(show())
+
+
+async def _while_connected(work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` to its end, or until the other side is gone: where nothing is written, nothing else would tell."""
+    connected = asyncio.ensure_future((await standard_input()).read())
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([connected, working], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+    finally:
+        connected.cancel()
+        working.cancel()

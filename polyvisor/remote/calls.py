@@ -7,9 +7,7 @@ the HTTP header Idempotency-Key: draft-ietf-httpapi-idempotency-key-header.)
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from polyvisor.errors import InvalidInput, WrongState
-from polyvisor.files import storage_errors
+from polyvisor.files import storage_errors, take_flock
 
 KEPT_S = 24 * 3600.0
 _KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
-_POLL_S = 0.02
 
 
 class Calls:
@@ -71,12 +68,7 @@ class Calls:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(self.directory / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(_POLL_S)
+            await take_flock(fd)
             yield fd
         finally:
             os.close(fd)

@@ -31,7 +31,7 @@ from polyvisor.host.host import Host
 from polyvisor.spec.vm import Disk, Firmware, Mode, VMSpec
 from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, end_all, finish, qemus
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
 RUN = ("run", "tiny", "--name", "vm", "--disk", "1G")
 WORKERS = 2

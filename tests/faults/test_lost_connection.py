@@ -30,7 +30,7 @@ from polyvisor.status import VMState
 from tests.faults.relay import Relay, relaying
 from tests.sshd import Server
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SPEC = VMSpec(name="vm", image="tiny")
 FORWARD = Forward(host_port=0, guest_port=80)
@@ -262,7 +262,7 @@ async def test_silence(
 
 
 def agents(home: Path) -> list[int]:
-    """The agents at work on the VMs in `home`."""
+    """The agents at work on the VMs in `home`, those that serve calls and those that serve streams."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -270,7 +270,7 @@ def agents(home: Path) -> list[int]:
             environment = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"serve" in words and f"POLYVISOR_HOME={home}".encode() in environment:
+        if b"agent" in words and f"POLYVISOR_HOME={home}".encode() in environment:
             found.append(int(process.name))
     return found
 
@@ -299,8 +299,13 @@ async def test_killed_agent(name: str, host: Host, remote: RemoteHost, relay: Re
 
 async def test_no_agent_outlives_its_connection(host: Host, remote: RemoteHost, relay: Relay) -> None:
     await running(remote)
-    assert len(agents(host.home.path)) == 1
+    following = asyncio.ensure_future(anext(aiter(remote.events())))
+    async with asyncio.timeout(20):
+        while len(agents(host.home.path)) < 2:
+            await asyncio.sleep(0.05)
     relay.cut()
+    with pytest.raises((PolyvisorError, StopAsyncIteration)):
+        await following
     async with asyncio.timeout(10):
         while agents(host.home.path):
             await asyncio.sleep(0.05)

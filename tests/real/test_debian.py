@@ -28,7 +28,6 @@ from polyvisor.status import VMState
 from tests.conftest import temporary_home
 
 pytestmark = [
-    pytest.mark.xdist_group("debian"),
     pytest.mark.qemu,
     pytest.mark.network,
     pytest.mark.slow,

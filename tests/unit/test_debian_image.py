@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import zlib
 from collections.abc import Iterator
@@ -357,3 +358,19 @@ def test_the_first_complaint_is_the_last_word() -> None:
     log = BuildLog(lambda step: None, keep=2)
     log.feed(b"E: the cause\nE: what followed\nmore\nend\n")
     assert log.last_words().splitlines() == ["more", "end", "E: the cause"]
+
+
+async def test_one_build_of_a_suite_at_a_time(tmp_path: Path) -> None:
+    """The second waits and says so, instead of failing for apt's own lock."""
+    steps: list[str] = []
+    ended: list[int] = []
+
+    async def build(number: int) -> None:
+        async with debian._alone(tmp_path, lambda step: steps.append(step.phase)):
+            assert len(ended) == number
+            await asyncio.sleep(0.1)
+            ended.append(number)
+
+    await asyncio.gather(build(0), build(1))
+    assert ended == [0, 1]
+    assert steps == ["waiting for another build of this suite"]
