@@ -182,6 +182,8 @@ def shortened(value: object, limit: int = 60) -> str:
         text = value if isinstance(value, str) else repr(value)
     except ValueError:  # Python does not print numbers of thousands of digits
         text = f"{type(value).__name__} of very many digits"
+    except RecursionError:
+        text = f"{type(value).__name__} of very many levels"
     text = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return f"'{text}'" if isinstance(value, str) else text

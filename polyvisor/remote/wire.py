@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from polyvisor.errors import InvalidInput, PolyvisorError, ProtocolError
+from polyvisor.errors import InvalidInput, PolyvisorError, ProcessFailed, ProtocolError, shortened
 from polyvisor.host.api import HostApi
 from polyvisor.spec.parse import convert, unstructure
 
@@ -143,18 +143,25 @@ def failure(error: PolyvisorError) -> dict[str, Any]:
 def raised(error: object) -> PolyvisorError:
     """The error that the member `error` of an answer describes."""
     if not isinstance(error, dict):
-        return ProtocolError(f"an error that is none: {error!r:.80}")
+        return ProtocolError(f"an error that is none: {shortened(error)}")
     data = error.get("data")
     if not isinstance(data, dict):
-        return ProtocolError(f"the host answered: {error.get('message')!s:.200}")
+        return ProtocolError(f"the host answered: {_text(error.get('message')):.200}")
     kind = next((kind for kind in _kinds(PolyvisorError) if kind.code == data.get("code")), PolyvisorError)
     made = kind.__new__(kind)
     hint = data.get("hint")
-    PolyvisorError.__init__(made, str(data.get("message")), hint=None if hint is None else str(hint))
+    PolyvisorError.__init__(made, _text(data.get("message")), hint=None if hint is None else _text(hint))
     details = data.get("details")
     for key in kind.details:
         setattr(made, key, details.get(key) if isinstance(details, dict) else None)
+    if isinstance(made, ProcessFailed):  # its parts are shown with --debug
+        made.argv = [_text(word) for word in made.argv] if isinstance(made.argv, list) else []
+        made.stderr = _text(made.stderr)
     return made
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else shortened(value)
 
 
 def _kinds(kind: type[PolyvisorError]) -> list[type[PolyvisorError]]:

@@ -101,6 +101,15 @@ def test_numbers_that_python_does_not_print() -> None:
     assert len(shortened([10**5000])) < 60
 
 
+def test_values_too_deep_for_python_to_print() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shortened(deep) == "list of very many levels"
+    while deep:  # or Python would free it recursively
+        deep = deep.pop()  # type: ignore[assignment]
+
+
 def test_an_invalid_input_has_its_parts() -> None:
     error = InvalidInput("disks[0].size_gib", 0, "is out of range", hint="use 1")
     assert str(error) == error.message == "disks[0].size_gib: 0: is out of range"
