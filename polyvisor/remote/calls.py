@@ -50,14 +50,15 @@ class Calls:
                     f"'{verb}' was cut short on the host, and nobody knows how far it came",
                     hint="look at what is there (polyvisor ls), then repeat the command if need be",
                 )
-            self._write(fd, json.dumps({"verb": verb, "pid": os.getpid()}))
+            begun = lines[0] if len(lines) == 2 else json.dumps({"verb": verb, "pid": os.getpid()}).encode()
+            self._write(fd, begun, 0)
             outcome = await work()
-            self._write(fd, json.dumps({"verb": verb, "pid": os.getpid()}), json.dumps(outcome))
+            self._write(fd, json.dumps(outcome).encode(), len(begun) + 1)
             return outcome
 
     def sweep(self) -> None:
         """Forget calls of which nobody will ask again."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             for entry in os.scandir(self.directory):
                 if time.time() - entry.stat().st_mtime > KEPT_S:
                     Path(entry.path).unlink(missing_ok=True)
@@ -73,8 +74,11 @@ class Calls:
         finally:
             os.close(fd)
 
-    def _write(self, fd: int, *lines: str) -> None:
-        """Write the file anew; what is cut short lacks its last line break."""
+    def _write(self, fd: int, line: bytes, offset: int) -> None:
+        """Write a line; one that is cut short lacks its line break. Nothing before it is touched."""
+        line += b"\n"
         with storage_errors("noting the call"):
-            os.pwrite(fd, "".join(f"{line}\n" for line in lines).encode(), 0)
+            done = 0
+            while done < len(line):  # a disk that fills up takes a part first
+                done += os.pwrite(fd, line[done:], offset + done)
             os.fdatasync(fd)

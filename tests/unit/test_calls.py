@@ -1,119 +1,194 @@
-"""Calls that are sent again are not done again; uploads stay where they belong."""
-
-from __future__ import annotations
+"""Calls with a key are done once, whoever sends them again and whenever; and nothing is kept for ever."""
 
 import asyncio
-import io
+import fcntl
 import json
 import os
+import resource
+import time
 import uuid
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polyvisor.errors import InvalidInput, NotFound, PolyvisorError, WrongState
+from polyvisor.errors import InvalidInput, PolyvisorError, WrongState
 from polyvisor.remote.calls import KEPT_S, Calls
-from polyvisor.remote.uploads import Uploads, safe_name
 
-KEY = str(uuid.UUID(int=7))
+KEY = "7c5a0b0e-58a6-4f0e-9e0a-0123456789ab"
+BEGUN = '{"verb": "run", "pid": 4194304}\n'
+
+Work = Callable[[], Awaitable[dict[str, Any]]]
 
 
-class Work:
-    """Counts how often it is done."""
+@pytest.fixture
+def calls(tmp_path: Path) -> Calls:
+    return Calls(tmp_path / "calls")
 
-    def __init__(self) -> None:
-        self.count = 0
+
+class Counted:
+    """Work that says how many times it was done."""
+
+    def __init__(self, wait_s: float = 0.0) -> None:
+        self.times = 0
+        self.wait_s = wait_s
 
     async def __call__(self) -> dict[str, Any]:
-        self.count += 1
-        await asyncio.sleep(0.05)
-        return {"result": self.count}
+        self.times += 1
+        await asyncio.sleep(self.wait_s)
+        return {"result": self.times}
 
 
-async def test_a_call_sent_again_gets_the_first_answer(tmp_path: Path) -> None:
-    work = Work()
-    for calls in (Calls(tmp_path / "calls"), Calls(tmp_path / "calls")):
-        assert await calls.once(KEY, "run", work, repeatable=False) == {"result": 1}
-    assert (tmp_path / "calls").stat().st_mode & 0o777 == 0o700
-    assert (tmp_path / "calls" / KEY).stat().st_mode & 0o777 == 0o600
+def noted(calls: Calls, text: str) -> None:
+    """Note under KEY what an agent has left that was killed."""
+    calls.directory.mkdir()
+    (calls.directory / KEY).write_text(text)
 
 
-async def test_a_call_sent_again_while_it_is_under_way_waits(tmp_path: Path) -> None:
-    work = Work()
-    answers = await asyncio.gather(*(Calls(tmp_path).once(KEY, "run", work, repeatable=False) for _ in range(5)))
-    assert answers == [{"result": 1}] * 5
+async def test_a_call_sent_again_gets_the_first_outcome(calls: Calls) -> None:
+    work = Counted()
+    assert await calls.once(KEY, "run", work, repeatable=False) == {"result": 1}
+    assert await calls.once(KEY, "run", work, repeatable=False) == {"result": 1}
+    assert await Calls(calls.directory).once(KEY, "run", work, repeatable=True) == {"result": 1}
+    assert work.times == 1
 
 
-@pytest.mark.parametrize("left", ['{"verb": "run"}\n', '{"verb": "run"}\n{"resu', '{"verb": "run"}\n{"result": 1}'])
-async def test_a_call_that_was_cut_short(tmp_path: Path, left: str) -> None:
-    """Its process was killed: a second line that does not end was not written to its end."""
-    (tmp_path / KEY).write_text(left)
-    work = Work()
-    with pytest.raises(WrongState, match="cut short"):
-        await Calls(tmp_path).once(KEY, "run", work, repeatable=False)
-    assert work.count == 0
-    assert await Calls(tmp_path).once(KEY, "start", work, repeatable=True) == {"result": 1}
-    assert await Calls(tmp_path).once(KEY, "start", work, repeatable=True) == {"result": 1}
+async def test_an_error_is_an_outcome_like_others(calls: Calls) -> None:
+    async def work() -> dict[str, Any]:
+        return {"error": {"message": "no\nway – at all"}}
+
+    assert await calls.once(KEY, "run", work, repeatable=True) == await work()
+    assert await calls.once(KEY, "run", Counted(), repeatable=True) == await work()
 
 
-@pytest.mark.parametrize("left", ["", '{"verb": "r'])
-async def test_a_call_that_was_not_begun(tmp_path: Path, left: str) -> None:
-    (tmp_path / KEY).write_text(left)
-    assert await Calls(tmp_path).once(KEY, "run", Work(), repeatable=False) == {"result": 1}
+async def test_other_keys_are_other_calls(calls: Calls) -> None:
+    work = Counted()
+    for expected in (1, 2, 3):
+        assert await calls.once(str(uuid.uuid4()), "run", work, repeatable=False) == {"result": expected}
 
 
-async def test_errors_are_outcomes_too(tmp_path: Path) -> None:
-    async def fails() -> dict[str, Any]:
-        return {"error": {"code": 1}}
-
-    for work in (fails, Work()):
-        assert await Calls(tmp_path).once(KEY, "run", work, repeatable=False) == {"error": {"code": 1}}
-
-
-@pytest.mark.parametrize("key", ["", "../../etc/passwd", "None", KEY.upper().replace("0", "A"), KEY + "\n", f"{KEY}/x"])
-async def test_what_is_no_key_names_no_file(tmp_path: Path, key: str) -> None:
-    with pytest.raises(InvalidInput, match="key"):
-        await Calls(tmp_path / "calls").once(key, "run", Work(), repeatable=False)
-    assert list(tmp_path.iterdir()) == []
+async def test_at_the_same_time_it_is_done_once_and_all_get_its_outcome(calls: Calls) -> None:
+    work = Counted(0.1)
+    sent = (Calls(calls.directory).once(KEY, "run", work, repeatable=False) for _ in range(5))
+    assert await asyncio.gather(*sent) == [{"result": 1}] * 5
+    assert work.times == 1
 
 
-async def test_old_calls_are_forgotten(tmp_path: Path) -> None:
-    Calls(tmp_path / "nowhere").sweep()
-    old, new = tmp_path / KEY, tmp_path / str(uuid.UUID(int=8))
-    for path in (old, new):
-        path.write_text(json.dumps({}))
-    os.utime(old, (0, old.stat().st_mtime - KEPT_S - 10))
-    Calls(tmp_path).sweep()
-    assert list(tmp_path.iterdir()) == [new]
+async def test_it_waits_for_a_call_of_another_process(calls: Calls) -> None:
+    noted(calls, "")
+    fd = os.open(calls.directory / KEY, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    waiting = asyncio.ensure_future(calls.once(KEY, "run", work := Counted(), repeatable=False))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    os.write(fd, BEGUN.encode() + b'{"result": "theirs"}\n')
+    os.close(fd)
+    assert await waiting == {"result": "theirs"}
+    assert work.times == 0
 
 
-def test_an_upload_is_there_until_it_is_forgotten(tmp_path: Path) -> None:
-    uploads = Uploads(tmp_path / "cache" / "uploads")
-    upload = uploads.take(io.BytesIO(b"content and more"), "disk.qcow2", 7)
-    assert uploads.find(upload).read_bytes() == b"content"
-    assert uploads.find(upload).name == "disk.qcow2"
-    uploads.forget(uploads.find(upload))
-    with pytest.raises(NotFound):
-        uploads.find(upload)
-    assert list(uploads.directory.iterdir()) == []
+async def test_the_key_is_noted_for_this_user_alone(calls: Calls) -> None:
+    await calls.once(KEY, "run", Counted(), repeatable=False)
+    assert calls.directory.stat().st_mode & 0o777 == 0o700
+    assert (calls.directory / KEY).stat().st_mode & 0o777 == 0o600
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PolyvisorError, match="broke off, 3 bytes"):
-        Uploads(tmp_path / "uploads").take(io.BytesIO(b"1234"), "a", 7)
-    assert list((tmp_path / "uploads").iterdir()) == []
+class TestCutShort:
+    @pytest.mark.parametrize("torn", ["", '{"result": {"na', "\x00" * 40])
+    async def test_what_can_be_repeated_is_repeated(self, calls: Calls, torn: str) -> None:
+        noted(calls, BEGUN + torn)
+        work = Counted()
+        assert await calls.once(KEY, "start", work, repeatable=True) == {"result": 1}
+        assert await calls.once(KEY, "start", work, repeatable=True) == {"result": 1}
+        assert work.times == 1
+
+    @pytest.mark.parametrize("torn", ["", '{"result": {"na'])
+    async def test_of_others_nobody_knows(self, calls: Calls, torn: str) -> None:
+        noted(calls, BEGUN + torn)
+        work = Counted()
+        for _ in range(2):
+            with pytest.raises(WrongState, match="'run' was cut short") as caught:
+                await calls.once(KEY, "run", work, repeatable=False)
+            assert caught.value.hint
+        assert work.times == 0
+
+    @pytest.mark.parametrize("torn", ["", '{"verb": "r', BEGUN[:-1]])
+    async def test_before_it_was_noted_nothing_was_begun(self, calls: Calls, torn: str) -> None:
+        noted(calls, torn)
+        assert await calls.once(KEY, "run", Counted(), repeatable=False) == {"result": 1}
+
+    async def test_again_and_again(self, calls: Calls) -> None:
+        """What an agent leaves whose number has fewer digits than that of the one before."""
+        noted(calls, BEGUN.replace("}", "000}") + '{"result": {"na')
+
+        async def killed() -> dict[str, Any]:
+            raise KeyboardInterrupt
+
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                await calls.once(KEY, "start", killed, repeatable=True)
+        with pytest.raises(WrongState):
+            await calls.once(KEY, "run", killed, repeatable=False)
+        assert await calls.once(KEY, "start", Counted(), repeatable=True) == {"result": 1}
+
+    async def test_an_outcome_that_is_shorter_than_what_was_torn(self, calls: Calls) -> None:
+        noted(calls, BEGUN + "x" * 500)
+        for _ in range(2):
+            assert await calls.once(KEY, "start", Counted(), repeatable=True) == {"result": 1}
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", ".", "", ".hidden", "a\nb", "é" * 300])
-def test_a_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
-    assert "/" not in safe_name(name)
-    assert safe_name(name)[:1] not in ("", ".")
-    uploads = Uploads(tmp_path / "uploads")
-    assert uploads.find(uploads.take(io.BytesIO(b"x"), name, 1)).parent.parent == uploads.directory
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file grows beyond some bytes: the system writes what fits, as on a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("word", ["", "..", "/etc/passwd", "0" * 32, "0" * 31 + "\n"])
-def test_other_files_are_no_uploads(tmp_path: Path, word: str) -> None:
-    with pytest.raises(NotFound, match="no such upload"):
-        Uploads(tmp_path).find(word)
+async def test_nothing_is_begun_that_can_not_be_noted(calls: Calls, full_disk: None) -> None:
+    work = Counted()
+    with pytest.raises(PolyvisorError, match="noting the call"):
+        await calls.once(KEY, "run", work, repeatable=False)
+    assert work.times == 0
+
+
+async def test_a_fault_in_the_work_is_not_hidden(calls: Calls) -> None:
+    async def faulty() -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await calls.once(KEY, "run", faulty, repeatable=False)
+    with pytest.raises(WrongState):
+        await calls.once(KEY, "run", faulty, repeatable=False)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "None", "../../etc/passwd", "..", f"../{KEY}", f"{KEY}/", f"{KEY}\n", KEY.upper(), KEY[:-1], "x" * 300]
+)
+async def test_what_is_no_key_touches_nothing(calls: Calls, key: str) -> None:
+    work = Counted()
+    with pytest.raises(InvalidInput) as caught:
+        await calls.once(key, "run", work, repeatable=True)
+    assert caught.value.field == "key"
+    assert work.times == 0
+    assert not calls.directory.exists()
+
+
+async def test_old_calls_are_forgotten_and_no_others(calls: Calls) -> None:
+    calls.sweep()
+    await calls.once(KEY, "run", Counted(), repeatable=False)
+    old = calls.directory / str(uuid.uuid4())
+    for path, age_s in ((old, KEPT_S + 60), (calls.directory / str(uuid.uuid4()), KEPT_S - 60)):
+        path.write_text(BEGUN)
+        os.utime(path, (time.time() - age_s,) * 2)
+    calls.sweep()
+    assert not old.exists()
+    assert len(list(calls.directory.iterdir())) == 2
+    assert json.loads((calls.directory / KEY).read_text().splitlines()[1]) == {"result": 1}
+
+
+def test_where_none_can_be_kept_there_are_none_to_forget(calls: Calls) -> None:
+    calls.directory.write_text("")
+    calls.sweep()
