@@ -86,7 +86,7 @@ class Hosts:
             return structure({"name": name, **raw}, Entry)
         except FileNotFoundError:
             return None
-        except (ValueError, InvalidInput) as error:
+        except (ValueError, RecursionError, InvalidInput) as error:
             raise PolyvisorError(
                 f"the entry of host '{name}' can't be read: {error}", hint=f"add it anew: polyvisor host rm {name}"
             ) from error

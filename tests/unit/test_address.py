@@ -1,153 +1,225 @@
-"""Addresses of hosts, their names here, and how SSH is told of them."""
+"""Addresses of hosts, and the hosts that have names: what is accepted, and what is kept."""
 
-from __future__ import annotations
-
-import os
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from polyvisor.errors import (
-    HostKeyChanged,
-    HostKeyUnknown,
-    InvalidInput,
-    LoginRefused,
-    NotFound,
-    PolyvisorError,
-    TimedOut,
-    Unavailable,
-)
+from polyvisor.errors import InvalidInput, NotFound, PolyvisorError
 from polyvisor.remote.address import Address, Entry, Hosts, entry_of, parse_address
-from polyvisor.remote.link import Link, explained, shared_directory
+from tests.unit.specs import QUICK
 
-ENTRY = Entry(name="xen1", url="ssh://root@xen1:2222", added_at=1.5)
+ENTRY = Entry(
+    name="lab-1.example",
+    url="ssh://alice@lab:2222",
+    added_at=1.5,
+    identity="/home/alice/my key",
+    known_hosts="/home/alice/known",
+    home="/srv/vms",
+)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Hosts:
+    return Hosts(tmp_path / "hosts")
 
 
 @pytest.mark.parametrize(
-    ("text", "address", "url"),
+    ("text", "expected"),
     [
-        ("ssh://root@xen1:2222", Address(host="xen1", user="root", port=2222), "ssh://root@xen1:2222"),
-        ("root@192.0.2.1", Address(host="192.0.2.1", user="root"), "ssh://root@192.0.2.1"),
-        ("xen1", Address(host="xen1"), "ssh://xen1"),
-        (
-            "ssh://a.b-c@[2001:db8::1]:22/",
-            Address(host="2001:db8::1", user="a.b-c", port=22),
-            "ssh://a.b-c@[2001:db8::1]:22",
-        ),
-        ("[fe80::1%eth0]", Address(host="fe80::1%eth0"), "ssh://[fe80::1%eth0]"),
+        ("lab", Address(host="lab")),
+        ("ssh://lab", Address(host="lab")),
+        ("ssh://lab/", Address(host="lab")),
+        ("alice@lab", Address(host="lab", user="alice")),
+        ("ssh://alice@lab.example.com:2222", Address(host="lab.example.com", user="alice", port=2222)),
+        ("192.0.2.1:22", Address(host="192.0.2.1", port=22)),
+        ("_vm.corp:65535", Address(host="_vm.corp", port=65535)),
+        ("[::1]", Address(host="::1")),
+        ("ssh://root@[fe80::1%eth0]:22", Address(host="fe80::1%eth0", user="root", port=22)),
+        ("a.b-c_d@lab:00022", Address(host="lab", user="a.b-c_d", port=22)),
     ],
 )
-def test_addresses(text: str, address: Address, url: str) -> None:
-    assert parse_address(text) == address
-    assert str(address) == url
-    assert parse_address(url) == address
+def test_addresses(text: str, expected: Address) -> None:
+    assert parse_address(text) == expected
+    assert parse_address(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-oProxyCommand=x", "ssh://-oProxyCommand=x", "-x@host", "a b", "host:0", "host:65536", "host:22:22", "http://h",
-     "u@", "ssh://u:secret@host", "host\n", "host;reboot", "$(reboot)", "2001:db8::1", "h" + "/x"],
-)  # fmt: skip
-def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInput, match="address"):
-        parse_address(text)
-
-
-def test_hosts_have_names_until_they_are_forgotten(tmp_path: Path) -> None:
-    hosts = Hosts(tmp_path / "hosts")
-    assert hosts.names() == []
-    hosts.add(ENTRY)
-    assert hosts.names() == ["xen1"]
-    assert hosts.get("xen1") == entry_of("xen1", hosts) == ENTRY
-    assert (tmp_path / "hosts" / "xen1.json").stat().st_mode & 0o777 == 0o600
-    hosts.remove("xen1")
-    for gone in (hosts.get, hosts.remove):
-        with pytest.raises(NotFound, match="no host 'xen1'"):
-            gone("xen1")
-    assert hosts.find("xen1") is None
-
-
-def test_an_address_needs_no_name(tmp_path: Path) -> None:
-    assert entry_of("root@xen1", Hosts(tmp_path)).url == "ssh://root@xen1"
-
-
-@pytest.mark.parametrize("name", ["", "../x", "A", "-x", "a b", "x" * 64, "x\n"])
-def test_what_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InvalidInput, match="host"):
-        Hosts(tmp_path).find(name)
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 2}', '{"format": 1, "url": 7, "added_at": 0.5}'])
-def test_a_damaged_entry_names_its_remedy(tmp_path: Path, content: str) -> None:
-    (tmp_path / "xen1.json").write_text(content)
-    with pytest.raises(PolyvisorError, match="xen1") as raised:
-        Hosts(tmp_path).get("xen1")
-    assert "host rm xen1" in str(raised.value.hint)
-
-
-def test_what_ssh_is_told(tmp_path: Path) -> None:
-    entry = Entry(name="a", url="ssh://u@h:99", added_at=0.0, identity="/k 1/id", known_hosts="/k%d/known")
-    argv = Link(entry, tmp_path, accept_new=True).argv("true")
-    assert argv[-4:] == ["-T", "--", "u@h", "true"]
-    assert argv[argv.index("-p") + 1] == "99"
-    assert {'IdentityFile="/k 1/id"', "UserKnownHostsFile=/k%%d/known", "BatchMode=yes"} <= set(argv)
-    assert {"StrictHostKeyChecking=accept-new", f"ControlPath={tmp_path}/%C"} <= set(argv)
-    plain = Link(ENTRY, None).argv("true", interactive=True)
-    assert not [word for word in plain if word.startswith(("Control", "Strict", "Identit"))]
-    assert "BatchMode=no" in plain
-    assert "-W '[127.0.0.1]:22'" in Link(ENTRY, None).tunnel("127.0.0.1", 22)
-
-
-@pytest.mark.parametrize(
-    ("stderr", "kind", "says"),
     [
-        ("ssh: Could not resolve hostname xen1: Name or service not known\r\n", Unavailable, "name is not known"),
-        ("ssh: connect to host xen1 port 22: Connection refused\n", Unavailable, "nothing answers"),
-        ("ssh: connect to host xen1 port 22: No route to host\n", Unavailable, "no route"),
-        ("ssh: connect to host xen1 port 22: Network is unreachable\n", Unavailable, "no route"),
-        ("ssh: connect to host xen1 port 22: Connection timed out\n", TimedOut, "does not answer"),
-        ("Timeout, server xen1 not responding.\n", TimedOut, "stopped answering"),
-        ("kex_exchange_identification: Connection closed by remote host\n", Unavailable, "closed"),
-        ("kex_exchange_identification: read: Connection reset by peer\n", Unavailable, "broke the connection off"),
-        ("root@xen1: Permission denied (publickey).\n", LoginRefused, "refuses the login"),
-        ("Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures\n", LoginRefused, "too many"),
-        (
-            "No ED25519 host key is known for xen1 and you have requested strict checking.\nHost key verification failed.\n",
-            HostKeyUnknown,
-            "not known here",
-        ),
-        (
-            "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n…\nHost key verification failed.\n",
-            HostKeyChanged,
-            "not the one it had before",
-        ),
-        ("something new\n\n", Unavailable, "something new"),
-        ("", Unavailable, "without a word"),
+        "",
+        "-oProxyCommand=x",
+        "ssh://-oProxyCommand=x",
+        "-l@lab",
+        "alice@-oProxyCommand=x",
+        "ssh://alice@-lab:22",
+        "lab -oProxyCommand=x",
+        "lab\n",
+        "lab\nProxyCommand x",
+        "lab;reboot",
+        "$(reboot)@lab",
+        "lab`x`",
+        "a@b@c",
+        "alice:secret@lab",
+        "ssh://lab/path",
+        "http://lab",
+        "ssh://",
+        "ssh://alice@",
+        "@lab",
+        "::1",
+        "[::1",
+        "[lab]",
+        "[::1%]",
+        "[::1%a b]",
+        "lab:",
+        "lab:x",
+        "lab:-1",
+        "lab:123456",
+        "lab:\N{FULLWIDTH DIGIT TWO}2",
+        "lab-",
+        "%h",
+        "läb",
     ],
 )
-def test_what_ssh_says_is_explained(stderr: str, kind: type[PolyvisorError], says: str) -> None:
-    error = explained(ENTRY, stderr)
-    assert type(error) is kind
-    assert says in error.message
-    assert "xen1" in error.message
-    assert error.hint
-    assert "{" not in error.hint
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_address(text)
+    assert caught.value.field == "address"
+    assert caught.value.hint == "write ssh://user@host:port"
 
 
-def test_connections_are_shared_in_a_directory_of_this_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    short = Path(f"/tmp/pv-{os.getpid()}")
-    short.mkdir()
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "00000"])
+def test_ports_that_are_none(port: str) -> None:
+    with pytest.raises(InvalidInput, match="has no such port"):
+        parse_address(f"lab:{port}")
+
+
+@QUICK
+@given(
+    st.builds(
+        Address,
+        host=st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,20}[A-Za-z0-9])?", fullmatch=True)
+        | st.ip_addresses().map(str),
+        user=st.none() | st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,10}", fullmatch=True),
+        port=st.none() | st.integers(1, 65535),
+    )
+)
+def test_an_address_is_read_as_it_is_written(address: Address) -> None:
+    assert parse_address(str(address)) == address
+
+
+@QUICK
+@given(st.text(max_size=30))
+def test_whatever_is_accepted_begins_no_option(text: str) -> None:
     try:
-        assert shared_directory(short) == short / "run"
-        assert (short / "run").stat().st_mode & 0o777 == 0o700
-        (short / "run").chmod(0o755)
-        assert shared_directory(short) is None, "others could put a socket of theirs there"
-    finally:
-        (short / "run").rmdir()
-        short.rmdir()
-    assert shared_directory(tmp_path / ("x" * 80)) is None
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/tmp/has a blank")
-    assert shared_directory(tmp_path / ("x" * 80)) is None
+        address = parse_address(text)
+    except InvalidInput:
+        return
+    assert address.host[0] not in "-"
+    assert (address.user or "x")[0] != "-"
+    assert f"{address.user}{address.host}".isprintable()
+
+
+class TestHosts:
+    def test_what_is_added_is_there(self, hosts: Hosts) -> None:
+        assert hosts.names() == []
+        assert hosts.find(ENTRY.name) is None
+        other = Entry(name="b", url="ssh://b", added_at=2.0)
+        for entry in (ENTRY, other):
+            hosts.add(entry)
+            assert hosts.find(entry.name) == hosts.get(entry.name) == entry
+        assert hosts.names() == ["b", "lab-1.example"]
+        assert ENTRY.address == Address(host="lab", user="alice", port=2222)
+
+    def test_an_entry_is_replaced_by_one_of_its_name(self, hosts: Hosts) -> None:
+        hosts.add(ENTRY)
+        hosts.add(changed := dataclasses.replace(ENTRY, url="ssh://other", identity=None))
+        assert hosts.get(ENTRY.name) == changed
+        assert hosts.names() == [ENTRY.name]
+
+    def test_it_is_for_this_user_alone(self, hosts: Hosts) -> None:
+        hosts.add(ENTRY)
+        assert hosts.directory.stat().st_mode & 0o777 == 0o700
+        assert [path.stat().st_mode & 0o777 for path in hosts.directory.iterdir()] == [0o600]
+
+    def test_what_is_removed_is_gone(self, hosts: Hosts) -> None:
+        hosts.add(ENTRY)
+        hosts.remove(ENTRY.name)
+        assert hosts.names() == []
+        with pytest.raises(NotFound, match=r"there is no host 'lab-1\.example'"):
+            hosts.remove(ENTRY.name)
+
+    def test_one_that_is_not_there_is_told_with_those_that_are(self, hosts: Hosts) -> None:
+        with pytest.raises(NotFound) as caught:
+            hosts.get("nope")
+        assert "none yet" in (caught.value.hint or "")
+        hosts.add(ENTRY)
+        with pytest.raises(NotFound) as caught:
+            hosts.get("nope")
+        assert "known: lab-1.example" in (caught.value.hint or "")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "",
+            "{",
+            "[]",
+            "null",
+            "{}",
+            '{"format": 2, "url": "ssh://a", "added_at": 1.0}',
+            '{"format": 1, "added_at": 1.0}',
+            '{"format": 1, "url": 5, "added_at": 1.0}',
+            '{"format": 1, "url": "ssh://a", "added_at": 1.0, "more": 1}',
+            "\xff",
+            "[" * 100_000,
+        ],
+    )
+    def test_a_damaged_entry_can_be_removed(self, hosts: Hosts, content: str) -> None:
+        hosts.add(ENTRY)
+        (hosts.directory / f"{ENTRY.name}.json").write_text(content, encoding="latin-1")
+        with pytest.raises(PolyvisorError, match=r"the entry of host 'lab-1\.example' can't be read") as caught:
+            hosts.find(ENTRY.name)
+        assert "polyvisor host rm lab-1.example" in (caught.value.hint or "")
+        hosts.remove(ENTRY.name)
+        assert hosts.names() == []
+
+    def test_an_entry_whose_address_was_changed_by_hand_begins_no_option(self, hosts: Hosts) -> None:
+        hosts.add(dataclasses.replace(ENTRY, url="-oProxyCommand=x"))
+        with pytest.raises(InvalidInput, match="is not the address of a host"):
+            _ = hosts.get(ENTRY.name).address
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "A", "-a", "a-", "a b", "x" * 64, "a\n", ".a"])
+    def test_what_is_no_name(self, hosts: Hosts, name: str) -> None:
+        for act in (hosts.find, hosts.get, hosts.remove):
+            with pytest.raises(InvalidInput, match="is not a host's name"):
+                act(name)
+        with pytest.raises(InvalidInput):
+            hosts.add(dataclasses.replace(ENTRY, name=name))
+
+    def test_the_format_is_said(self, hosts: Hosts) -> None:
+        hosts.add(ENTRY)
+        raw = json.loads((hosts.directory / f"{ENTRY.name}.json").read_text())
+        assert raw["format"] == 1
+        assert "name" not in raw
+
+
+class TestWhatHostMeans:
+    def test_a_name(self, hosts: Hosts) -> None:
+        hosts.add(ENTRY)
+        assert entry_of(ENTRY.name, hosts) == ENTRY
+
+    @pytest.mark.parametrize("text", ["alice@lab:22", "ssh://alice@lab:22"])
+    def test_an_address(self, hosts: Hosts, text: str) -> None:
+        entry = entry_of(text, hosts)
+        assert entry.url == entry.name == "ssh://alice@lab:22"
+        assert (entry.identity, entry.known_hosts, entry.home) == (None, None, None)
+
+    def test_neither(self, hosts: Hosts) -> None:
+        with pytest.raises(NotFound):
+            entry_of("lab", hosts)
+        for text in ("-oProxyCommand=x", "-oProxyCommand=x@y", "LAB"):
+            with pytest.raises(InvalidInput):
+                entry_of(text, hosts)
