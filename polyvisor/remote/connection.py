@@ -16,7 +16,7 @@ from polyvisor.errors import ConnectionLost, InvalidInput, NotPermitted, Polyvis
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import converse
 from polyvisor.remote.address import Entry
-from polyvisor.remote.link import Link, explained
+from polyvisor.remote.link import Link, explained, unexplained
 from polyvisor.remote.wire import MAX_LINE, decode, encode, raised
 from polyvisor.spec.parse import convert
 from polyvisor.ssh import SSH_FAILED
@@ -31,12 +31,13 @@ _UNDO_S = 20.0
 def command(application: Path, home: str | None, words: str) -> str:
     """What the host's shell runs to become the agent: it asks for the application where it does not have it yet.
 
-    It is one line in single quotes, which means the same to every shell that a user may have there.
+    It is one line in single quotes, which means the same to every shell that a user may have there. The empty line that it
+    prints first ends what a login shell has left unended.
     """
     size = application.stat().st_size
     name = application.name
     script = (
-        "umask 077; "
+        "echo; umask 077; "
         "for p in python3 python3.14 python3.13 python3.12 python3.11; do "
         '"$p" -c "import sys; assert sys.version_info >= (3, 11)" 2>/dev/null && break; p=; done; '
         f'say() {{ echo "{_MARK.decode()}$*"; }}; '
@@ -44,7 +45,7 @@ def command(application: Path, home: str | None, words: str) -> str:
         "exit 1; fi; "
         'd="${XDG_CACHE_HOME:-$HOME/.cache}/polyvisor"; '
         f'f="$d/{name}"; '
-        f'if ! [ -f "$f" ]; then mkdir -p "$d" && : >"$f.$$" || {{ say {_NO_PLACE} "$d"; exit 1; }}; '
+        f'if ! [ -f "$f" ]; then mkdir -p "$d" && (: >"$f.$$") || {{ say {_NO_PLACE} "$d"; exit 1; }}; '
         f'say {_WANTS}; head -c {size} >"$f.$$"; '
         f'if [ "$(wc -c <"$f.$$")" -eq {size} ]; then mv "$f.$$" "$f"; else rm "$f.$$"; exit 1; fi; fi; '
         + (f"export POLYVISOR_HOME={_in_double_quotes(home)}; " if home else "")
@@ -61,32 +62,41 @@ def _in_double_quotes(path: str) -> str:
 
 async def _open(
     link: Link, application: Path, home: str | None, words: str, errors: IO[bytes]
-) -> tuple[asyncio.subprocess.Process, bytes]:
-    """Start an agent; returns ssh's process and the agent's first line. Raises what is wrong with host or connection."""
+) -> tuple[asyncio.subprocess.Process, dict[str, Any]]:
+    """Start an agent; returns ssh's process and the agent's first message. Raises what is wrong with host or connection."""
     argv = link.argv(command(application, home, words))
     process = await converse(argv, errors=errors, limit=MAX_LINE)
-    assert process.stdin is not None and process.stdout is not None  # noqa: S101 (both are pipes)
     try:
-        for _ in range(_NOISE):
-            line = await process.stdout.readline()
-            if not line:
-                break
-            if line.startswith(b'{"jsonrpc"'):
-                return process, line
-            if line.startswith(_MARK):
-                about, _, detail = line.removeprefix(_MARK).decode(errors="replace").strip().partition(" ")
-                if about != _WANTS:
-                    raise _lacking(link.entry, about, detail)
-                process.stdin.write(application.read_bytes())
-                await process.stdin.drain()
-        await process.wait()
+        with contextlib.suppress(ConnectionError):  # ssh has ended, and says why
+            if line := await _first_line(link.entry, process, application):
+                return process, decode(line)
+        status = await process.wait()
         errors.seek(0)
-        raise explained(link.entry, errors.read(64 << 10).decode(errors="replace"))
-    except (ConnectionError, ValueError) as error:
-        raise ConnectionLost(f"host '{link.entry.name}': the connection broke while it was opened") from error
+        said = errors.read(64 << 10).decode(errors="replace")
+        # Of any other status, the words are those of the host's shell.
+        raise explained(link.entry, said) if status == SSH_FAILED else unexplained(link.entry, said)
     except BaseException:
         await end(process)
         raise
+
+
+async def _first_line(entry: Entry, process: asyncio.subprocess.Process, application: Path) -> bytes:
+    """The first line of the agent, which gets the application where it is wanted; nothing where the connection ends."""
+    assert process.stdin is not None and process.stdout is not None  # noqa: S101 (both are pipes)
+    for _ in range(_NOISE):
+        line = await process.stdout.readline()
+        if not line or line.startswith(b'{"jsonrpc"'):
+            return line
+        if line.startswith(_MARK):
+            about, _, detail = line.removeprefix(_MARK).decode(errors="replace").strip().partition(" ")
+            if about != _WANTS:
+                raise _lacking(entry, about, detail)
+            process.stdin.write(application.read_bytes())
+            await process.stdin.drain()
+    raise ProtocolError(
+        f"host '{entry.name}' ({entry.url}): its shell prints too much at a login",
+        hint="let its start-up files print on a terminal only",
+    )
 
 
 def _lacking(entry: Entry, about: str, detail: str) -> PolyvisorError:
@@ -125,8 +135,8 @@ class Connection:
     async def open(cls, link: Link, application: Path, home: str | None) -> Connection:
         """Start an agent on the host. Raises Unavailable, NotPermitted or TimedOut with what is wrong, and a remedy."""
         with tempfile.TemporaryFile() as errors:
-            process, line = await _open(link, application, home, "serve", errors)
-        return cls(link.entry, process, decode(line).get("params") or {})
+            process, message = await _open(link, application, home, "serve", errors)
+        return cls(link.entry, process, message.get("params") or {})
 
     @property
     def usable(self) -> bool:
@@ -147,7 +157,8 @@ class Connection:
             self._send(number, {"method": method, "params": {"arguments": arguments, "key": key}})
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            self._send(None, {"method": "cancel", "params": {"id": number}})
+            with contextlib.suppress(ConnectionLost):
+                self._send(None, {"method": "cancel", "params": {"id": number}})
             await asyncio.wait([answer], timeout=_UNDO_S)
             raise
         finally:
@@ -174,7 +185,7 @@ class Connection:
         try:
             while line := await self._process.stdout.readline():
                 self._receive(decode(line))
-        except (ProtocolError, ValueError, OSError):
+        except (PolyvisorError, ValueError, OSError):
             pass  # whatever follows can't be understood either
         finally:
             for answer, _ in self._waiting.values():
@@ -184,17 +195,19 @@ class Connection:
     def _receive(self, message: Mapping[str, Any]) -> None:
         if message.get("method") == "progress":
             params = message.get("params")
-            if isinstance(params, dict) and (waiting := self._waiting.get(params.get("id", 0))):
+            if isinstance(params, dict) and (waiting := self._waiting_for(params.get("id"))):
                 waiting[1](convert(params.get("step"), Step, "step"))
             return
-        number = message.get("id")
-        waiting = self._waiting.get(number) if isinstance(number, int) else None
+        waiting = self._waiting_for(message.get("id"))
         if waiting is None or waiting[0].done():
             return
         if "error" in message:
             waiting[0].set_exception(raised(message["error"]))
         else:
             waiting[0].set_result(message.get("result"))
+
+    def _waiting_for(self, number: object) -> tuple[asyncio.Future[Any], Progress] | None:
+        return self._waiting.get(number) if isinstance(number, int) else None
 
     def _lost(self) -> ConnectionLost:
         return ConnectionLost(f"host '{self.entry.name}': the connection is lost")
@@ -214,8 +227,7 @@ class Stream:
         """Begin a stream of this `kind` (see `agent.stream`); raises what the host says is wrong with it."""
         words = base64.urlsafe_b64encode(json.dumps({"kind": kind, **arguments}).encode()).decode()
         with tempfile.TemporaryFile() as errors:
-            process, line = await _open(link, application, home, f"stream {words}", errors)
-        message = decode(line)
+            process, message = await _open(link, application, home, f"stream {words}", errors)
         if "error" in message:
             await end(process)
             raise raised(message["error"])

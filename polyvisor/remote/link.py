@@ -68,7 +68,7 @@ class Link:
         if self._shared is not None:
             settings |= {
                 "ControlMaster": "auto",
-                "ControlPath": quoted(self._shared) + "/%C",
+                "ControlPath": quoted(self._shared, "/%C"),
                 "ControlPersist": "60",
             }
         port = ["-p", str(entry.address.port)] if entry.address.port else []
@@ -76,10 +76,13 @@ class Link:
         return [find_program("ssh", package="openssh-client"), *words, *port]
 
 
-def quoted(path: Path) -> str:
-    """`path` as OpenSSH reads it in a setting: % begins a token, blanks would end it (ssh_config(5))."""
-    text = str(path).replace("%", "%%")
-    return f'"{text}"' if re.search(r"\s", text) else text
+def quoted(path: Path, tokens: str = "") -> str:
+    """`path`, and `tokens` after it, as OpenSSH reads them in a setting (ssh_config(5)).
+
+    % begins a token, quotes and backslashes are escaped.
+    """
+    escaped = str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}{tokens}"'
 
 
 def shared_directory(home: Path) -> Path | None:
@@ -147,6 +150,11 @@ def explained(entry: Entry, stderr: str) -> PolyvisorError:
             )
             hint = hint.format(known_as=shlex.quote(known_as), destination=destination)
             return kind(f"host '{entry.name}' ({entry.url}): {meaning}", hint=hint)
+    return unexplained(entry, stderr)
+
+
+def unexplained(entry: Entry, stderr: str) -> PolyvisorError:
+    """An error with the last words on stderr."""
     last = next((line for line in reversed(stderr.splitlines()) if line.strip()), "ssh ended without a word")
     return Unavailable(
         f"host '{entry.name}' ({entry.url}): {last.strip()}", hint="try: polyvisor host check, or ssh -v"
