@@ -63,14 +63,18 @@ class Agent:
         try:
             message = decode(line)
         except ProtocolError as error:
-            self._send({"id": None, "error": {"code": PARSE_ERROR, "message": error.message}})
+            code = PARSE_ERROR if error.__cause__ else INVALID_REQUEST  # what is JSON has no cause in the parser
+            self._send({"id": None, "error": {"code": code, "message": error.message}})
             return
         method, params, number = message.get("method"), message.get("params"), message.get("id")
         if not isinstance(params, dict):
             params = {}
         if method == "cancel":
-            if task := self._running.get(params.get("id")):
+            wanted = params.get("id")
+            if isinstance(wanted, (int, str)) and (task := self._running.get(wanted)):
                 task.cancel()
+        elif isinstance(method, str) and "id" not in message:
+            pass  # a notification is never answered
         elif not isinstance(method, str) or not isinstance(number, (int, str)):
             self._send({"id": None, "error": {"code": INVALID_REQUEST, "message": "this is not a call"}})
         elif method not in verbs():

@@ -309,10 +309,11 @@ class RemoteHost:
                 size = path.stat().st_size
             try:
                 stream = await stack.enter_async_context(self._stream("upload", name=path.name, size=size))
-                while chunk := file.read(_CHUNK):
-                    stream.writer.write(chunk)
-                    await stream.writer.drain()
-                    progress(Step("uploading", file.tell(), size, "B"))
+                with contextlib.suppress(ConnectionError):  # a host that takes no more says why
+                    while chunk := file.read(_CHUNK):
+                        stream.writer.write(chunk)
+                        await stream.writer.drain()
+                        progress(Step("uploading", file.tell(), size, "B"))
                 return str(await stream.result())
             except StorageFull:
                 raise
