@@ -73,13 +73,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, more: str = "") -> Iterator[Server]:
-    """An sshd that keeps its files in `directory`, until the end of the block; `more` is added to its settings."""
+def serving(directory: Path, *settings: str) -> Iterator[Server]:
+    """An sshd that keeps its files in `directory`, until the end of the block; `settings` are lines of sshd_config(5)."""
     for name in ("host_key", "identity"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True)
     (directory / "authorized_keys").write_bytes((directory / "identity.pub").read_bytes())
     port = free_port()
-    (directory / "sshd_config").write_text(_CONFIG.format(port=port, directory=directory) + more)
+    config = _CONFIG.format(port=port, directory=directory)
+    (directory / "sshd_config").write_text(config + "".join(f"{line}\n" for line in settings))
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     program = find_program("sshd", package="openssh-server")

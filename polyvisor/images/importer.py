@@ -73,7 +73,7 @@ async def import_image(
     """
     wanted = _Wanted(
         name=check_image_name(name),
-        source=shown_url(source) if is_url(source) else str(_local_path(source)),
+        source=shown_url(source) if is_url(source) else str(local_path(source)),
         checksum=None if checksum is None else parse_checksum(checksum),
         format=None if format is None else parse_format(format),
         user=user,
@@ -84,11 +84,11 @@ async def import_image(
     qemu_img.program()  # rather than after a long download
     if is_url(source):
         return await _import_url(store, cache, source, wanted, progress)
-    with unpack.open_source(_local_path(source)) as file:
+    with unpack.open_source(local_path(source)) as file:
         return await _import_file(store, file, wanted, wanted.checksum, progress)
 
 
-def _local_path(source: str) -> Path:
+def local_path(source: str) -> Path:
     """The path that `source` means; raises InvalidInput for addresses of other kinds."""
     if "\0" in source or not source:
         raise InvalidInput("source", source, "is not a path")

@@ -128,8 +128,10 @@ class Agent:
 
     async def _import(self, arguments: dict[str, Any]) -> Any:
         """Import what was uploaded before, or what a URL leads to: other files of this machine are nobody's business."""
+        from polyvisor.images.download import is_url
+
         source = str(arguments["source"])
-        if "://" in source:
+        if is_url(source):
             return await self.api.image_import(**arguments)
         upload = self.uploads.find(source)
         image = await self.api.image_import(**{**arguments, "source": str(upload)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -293,8 +294,11 @@ class RemoteHost:
         return await self._call(Image, "image_build", progress, kind=kind, **options)
 
     async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
-        if "://" not in source:
-            path = Path(source)
+        from polyvisor.images.download import is_url
+        from polyvisor.images.importer import local_path
+
+        if not is_url(source):
+            path = local_path(source)
             source = await self._again("image_import", lambda _: self._upload(path, progress), progress)
         return await self._call(Image, "image_import", progress, source=source, name=name, **options)
 
@@ -303,10 +307,11 @@ class RemoteHost:
 
     async def _upload(self, path: Path, progress: Progress) -> str:
         """Carry a file to the host; returns the word that stands for it there, until it is imported."""
+        from polyvisor.images.unpack import open_source
+
         async with AsyncExitStack() as stack:
-            with storage_errors(f"reading {path}"):
-                file = stack.enter_context(path.open("rb"))
-                size = path.stat().st_size
+            file = stack.enter_context(open_source(path))
+            size = os.fstat(file.fileno()).st_size
             try:
                 stream = await stack.enter_async_context(self._stream("upload", name=path.name, size=size))
                 with contextlib.suppress(ConnectionError):  # a host that takes no more says why
