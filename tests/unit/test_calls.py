@@ -1,6 +1,7 @@
 """Calls with a key are done once, whoever sends them again and whenever; and nothing is kept for ever."""
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -138,18 +139,20 @@ class TestCutShort:
             assert await calls.once(KEY, "start", Counted(), repeatable=True) == {"result": 1}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """No file grows beyond some bytes: the system writes what fits, as on a disk that fills up."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-async def test_nothing_is_begun_that_can_not_be_noted(calls: Calls, full_disk: None) -> None:
+async def test_nothing_is_begun_that_can_not_be_noted(calls: Calls) -> None:
     work = Counted()
-    with pytest.raises(PolyvisorError, match="noting the call"):
+    with full_disk(), pytest.raises(PolyvisorError, match="noting the call"):
         await calls.once(KEY, "run", work, repeatable=False)
     assert work.times == 0
 
