@@ -290,6 +290,11 @@ class TestSharedDirectory:
         monkeypatch.setenv("XDG_RUNTIME_DIR", "nowhere")
         assert shared_directory(short) == Path("run")
 
+    def test_one_with_a_blank_is_not_used(self, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (short / "a b").mkdir()
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "a b")
+        assert shared_directory(short) == Path("run")
+
     def test_a_file_is_none(self, short: Path) -> None:
         (short / "run").touch()
         assert shared_directory(short) is None
