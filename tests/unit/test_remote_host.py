@@ -317,6 +317,22 @@ class TestUploads:
         await host.close()
         await until(lambda: not list(uploads.iterdir()))
 
+    async def test_one_whose_connection_breaks_is_begun_again(self, client: Made, there: Home, tmp_path: Path) -> None:
+        host = client()
+        steps: list[Step] = []
+
+        def cut(step: Step) -> None:
+            if step.phase == "uploading" and not steps:
+                for stream in host._streams:
+                    stream.process.kill()
+            steps.append(step)
+
+        image = await host.image_import(str(raw_disk(tmp_path / "disk.raw", mib=16)), name="mine", progress=cut)
+        assert "reconnecting" in {step.phase for step in steps}
+        assert [stored.image for stored in await host.image_list()] == [image]
+        await host.close()
+        await until(lambda: not files(there.cache / "uploads"))
+
     async def test_one_that_the_host_can_not_take_is_told_at_once(
         self, client: Made, server: Callable[..., Server], there: Home, tmp_path: Path
     ) -> None:
@@ -397,7 +413,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("hello", ['{"jsonrpc"', '{"jsonrpc": "1.0"}', '{"jsonrpc": 5'])
     async def test_greetings(self, client: Made, server: Callable[..., Server], tmp_path: Path, hello: str) -> None:
-        shell = script(tmp_path / "shell", f"echo {shlex.quote(hello)}; exec sleep 60")
+        shell = script(tmp_path / "shell", f"echo {shlex.quote(hello)}; exec cat")
         host = client(server(shell))
         for act in (host.names(), anext(host.log("a"))):
             with pytest.raises(ProtocolError):
