@@ -5,6 +5,10 @@
     <home>/keys/             the SSH key pair that Polyvisor logs in to guests with
     <home>/locks/            one lock file per VM name
     <home>/cache/            downloads and probe results; may be deleted at any time
+    <home>/hosts/            other hosts that have names here
+    <home>/access/           keys of their guests
+    <home>/run/              SSH connections that commands share
+    <home>/calls/            what users of other machines had done here in the last day
 
 The home is $POLYVISOR_HOME; without it /var/lib/polyvisor for root and $XDG_DATA_HOME/polyvisor
 (~/.local/share/polyvisor) for others.
