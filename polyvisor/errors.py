@@ -191,5 +191,9 @@ def shortened(value: object, limit: int = 60) -> str:
 
 def one_line(text: str) -> str:
     """`text` on one line, for a terminal: what would not print, or would steer the terminal, is escaped."""
-    text = " ".join(text.replace("\t", " ").splitlines())
+    return escaped(" ".join(text.replace("\t", " ").splitlines()))
+
+
+def escaped(text: str) -> str:
+    """`text` with what would not print, or would steer the terminal, escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

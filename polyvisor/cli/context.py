@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from polyvisor.cli import startup
-from polyvisor.errors import PolyvisorError, ProcessFailed, one_line
+from polyvisor.errors import PolyvisorError, ProcessFailed, escaped, one_line
 
 if TYPE_CHECKING:
     from polyvisor.cli.progress import Display
@@ -30,7 +31,8 @@ class Context:
     @cached_property
     def host(self) -> HostApi:
         """The host that the verb is about: the one asked for by --host or $POLYVISOR_HOST, or this machine."""
-        if name := self.on_host or os.environ.get("POLYVISOR_HOST"):
+        name = os.environ.get("POLYVISOR_HOST") or None if self.on_host is None else self.on_host
+        if name is not None:  # an empty --host, as of a variable that is not set, is a mistake, and not this machine
             from polyvisor.cli.remote import named_host
 
             return named_host(name)
@@ -83,12 +85,25 @@ class Context:
     def say(self, text: str) -> None:
         """A line for a person; not with --json."""
         if not self.json:
-            print(text)
+            print(self.line(text))
 
     def note(self, text: str) -> None:
         """A line for a person beside the output proper."""
         if not self.json:
-            print(text, file=sys.stderr)
+            print(self.line(text), file=sys.stderr)
+
+    def line(self, text: str) -> str:
+        """`text`, which may come from another machine, as a line for a terminal."""
+        return one_line(self.advice(text))
+
+    def advice(self, text: str) -> str:
+        """`text` with every command that it names made one for the host of --host: hints are written where it happens."""
+        if not self.on_host:
+            return text
+        from polyvisor.cli.main import VERBS
+
+        verbs = "|".join(verb for verb in VERBS if verb not in ("host", "completion"))
+        return re.sub(rf"\bpolyvisor (?=(--debug )?({verbs})\b)", lambda _: f"polyvisor --host {self.on_host} ", text)
 
     def print_json(self, value: object) -> None:
         print(to_json(value))
@@ -104,7 +119,9 @@ def to_json(value: object, *, indent: int | None = 2) -> str:
             return dataclasses.asdict(item)
         return str(item)
 
-    return json.dumps(value, default=plain, indent=indent, ensure_ascii=False)
+    text = json.dumps(value, default=plain, indent=indent, ensure_ascii=False)
+    # JSON leaves these as they are, and terminals obey them.
+    return re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def report(error: PolyvisorError, context: Context) -> None:
@@ -112,11 +129,14 @@ def report(error: PolyvisorError, context: Context) -> None:
     if context.debug:
         import traceback
 
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
         if isinstance(error, ProcessFailed):
-            print(f"command: {error.command()}\n{error.stderr.rstrip()}", file=sys.stderr)
+            trace += f"command: {error.command()}\n{error.stderr.rstrip()}"
+        for line in trace.splitlines():
+            print(escaped(line), file=sys.stderr)
+    told = error.hint and context.advice(error.hint)
     if context.json:
-        print(to_json({"error": error.to_dict()}, indent=None), file=sys.stderr)
+        print(to_json({"error": {**error.to_dict(), "hint": told}}, indent=None), file=sys.stderr)
         return
-    hint = f" ({error.hint})" if error.hint else ""
+    hint = f" ({told})" if told else ""
     print(one_line(f"polyvisor: {' '.join(error.message.split())}{hint}"), file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from polyvisor.cli.context import Context, report
 from polyvisor.cli.parser import seconds
 from polyvisor.cli.show import describe, wait_flags
-from polyvisor.errors import InvalidInput, PolyvisorError
+from polyvisor.errors import InvalidInput, PolyvisorError, one_line
 from polyvisor.host.api import STOP_TIMEOUT_S
 from polyvisor.status import VMStatus
 
@@ -70,7 +70,8 @@ async def show_command(context: Context, name: str) -> None:
     if context.debug:
         details = await context.host.show(name)
         if details.argv:
-            print(f"cd {shlex.quote(details.directory)} && {shlex.join(details.argv)}", file=sys.stderr)
+            line = f"cd {shlex.quote(details.directory)} && {shlex.join(details.argv)}"
+            print(one_line(line), file=sys.stderr)
 
 
 def each(context: Context, options: argparse.Namespace, verb: Verb) -> int:

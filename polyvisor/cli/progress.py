@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from polyvisor.errors import one_line
 from polyvisor.operation import Step
 
 if TYPE_CHECKING:
@@ -47,14 +48,14 @@ class Display:
 
     def _line(self, step: Step) -> None:
         if step.phase != self._phase:
-            print(f"{step.phase} …", file=sys.stderr, flush=True)
+            print(f"{one_line(step.phase)} …", file=sys.stderr, flush=True)
 
     def _draw(self, step: Step) -> None:
         bar = self._bar or self._start()
         if step.phase != self._phase or self._task is None:
             if self._task is not None:
                 bar.remove_task(self._task)
-            self._task = bar.add_task(step.phase, total=step.total, amount=_amount(step))
+            self._task = bar.add_task(one_line(step.phase), total=step.total, amount=_amount(step))
         bar.update(self._task, completed=step.done, total=step.total, amount=_amount(step))
 
     def _start(self) -> Progress:
@@ -63,9 +64,9 @@ class Display:
 
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[amount]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
@@ -83,7 +84,7 @@ def _amount(step: Step) -> str:
 
 
 def _of(number: int, unit: str) -> str:
-    return human_size(number) if unit == "B" else f"{number} {unit}".strip()
+    return human_size(number) if unit == "B" else one_line(f"{number} {unit}".strip())
 
 
 def human_size(size: float) -> str:

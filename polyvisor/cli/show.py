@@ -8,7 +8,7 @@ import shlex
 from polyvisor.cli.context import Context, to_json
 from polyvisor.cli.parser import seconds
 from polyvisor.cli.table import age, memory, pairs, table
-from polyvisor.errors import NotFound
+from polyvisor.errors import NotFound, one_line
 from polyvisor.host.api import Details
 from polyvisor.spec.vm import Nic, check_name
 from polyvisor.ssh import READY_S
@@ -53,7 +53,7 @@ def _ls(context: Context, options: argparse.Namespace) -> int:
         context.print_json(statuses)
     elif options.quiet:
         for status in statuses:
-            print(status.name)
+            print(one_line(status.name))
     elif statuses:
         print(
             table(
@@ -149,7 +149,8 @@ def _events(context: Context, options: argparse.Namespace) -> int:
                 print(to_json(event, indent=None), flush=True)
             else:
                 at = time.strftime("%H:%M:%S", time.localtime(event.at))
-                print(f"{at}  {event.vm}  {event.event}{f': {event.detail}' if event.detail else ''}", flush=True)
+                detail = f": {event.detail}" if event.detail else ""
+                print(one_line(f"{at}  {event.vm}  {event.event}{detail}"), flush=True)
 
     context.run(work())
     return 0

@@ -19,8 +19,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
     """Labels and values, one a line."""
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label.ljust(width)}  {one_line(value)}" for label, value in rows)
+    lines = [(one_line(label), one_line(value)) for label, value in rows]
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in lines)
 
 
 def age(since: float | None, now: float | None = None) -> str:

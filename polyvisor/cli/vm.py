@@ -121,6 +121,6 @@ def _announce(context: Context, status: VMStatus) -> None:
     if context.json:
         context.print_json(status)
         return
-    print(describe(status))
+    context.say(describe(status))
     if status.state.alive:
-        print(f"log in: polyvisor ssh {status.name}    console: polyvisor console {status.name}")
+        context.say(f"log in: polyvisor ssh {status.name}    console: polyvisor console {status.name}")
