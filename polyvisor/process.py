@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -58,14 +58,16 @@ async def run(
     Whoever cancels the caller ends the program too.
     """
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            cwd=cwd,
-            env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
-            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
+        process = await _started(
+            asyncio.create_subprocess_exec(
+                *argv,
+                cwd=cwd,
+                env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+                stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
         )
     except OSError as error:
         raise ProcessFailed(argv, 127, str(error)) from error
@@ -111,6 +113,16 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
+async def _started(starting: Coroutine[None, None, asyncio.subprocess.Process]) -> asyncio.subprocess.Process:
+    """The process that `starting` starts. asyncio hangs where it is cancelled in the middle, so that waits for its end."""
+    task = asyncio.ensure_future(starting)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await _end(await task)
+        raise
+
+
 async def converse(argv: Sequence[str], *, errors: IO[bytes], limit: int) -> asyncio.subprocess.Process:
     """Start `argv` to talk with over its stdin and stdout; its stderr goes to `errors`, lines have at most `limit` bytes.
 
@@ -118,14 +130,16 @@ async def converse(argv: Sequence[str], *, errors: IO[bytes], limit: int) -> asy
     Raises ProcessFailed.
     """
     try:
-        return await asyncio.create_subprocess_exec(
-            *argv,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            limit=limit,
+        return await _started(
+            asyncio.create_subprocess_exec(
+                *argv,
+                env={**os.environ, "LC_ALL": "C.UTF-8"},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                limit=limit,
+            )
         )
     except OSError as error:
         raise ProcessFailed(argv, 127, str(error)) from error

@@ -40,7 +40,8 @@ def _console(context: Context, options: argparse.Namespace) -> int:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-        context.note(f"\r\ndetached from {options.name}")
+        context.note("")
+        context.note(f"detached from {options.name}")
 
     context.run(work())
     return 0
@@ -67,7 +68,10 @@ async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             sys.stdout.buffer.flush()
 
     output = loop.create_task(to_terminal())
-    loop.add_reader(typed, from_terminal)
+    try:
+        loop.add_reader(typed, from_terminal)
+    except PermissionError:  # a file, or /dev/null: it is there to be read at once
+        writer.write(sys.stdin.buffer.read())
     try:
         await asyncio.wait([output, done], return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -134,9 +134,10 @@ class Agent:
         if is_url(source):
             return await self.api.image_import(**arguments)
         upload = self.uploads.find(source)
-        image = await self.api.image_import(**{**arguments, "source": str(upload)})
-        self.uploads.forget(upload)
-        return image
+        try:
+            return await self.api.image_import(**{**arguments, "source": str(upload)})
+        finally:  # whoever tries again sends it again
+            self.uploads.forget(upload)
 
     def _report(self, number: int | str, step: Step) -> None:
         self._send({"method": "progress", "params": {"id": number, "step": unstructure(step)}})
@@ -258,10 +259,10 @@ async def _console(host: HostApi, name: str, begin: Any, out: BinaryIO) -> None:
 
 async def _log(host: HostApi, raw: dict[str, Any], begin: Any, out: BinaryIO) -> None:
     chunks = host.log(str(raw["name"]), hypervisor=bool(raw["hypervisor"]), follow=bool(raw["follow"]))
-    first = await anext(chunks, b"")
-    begin({"result": None})
 
     async def show() -> None:
+        first = await anext(chunks, b"")
+        begin({"result": None})
         out.write(first)
         out.flush()
         async for chunk in chunks:

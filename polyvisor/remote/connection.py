@@ -7,6 +7,8 @@ import base64
 import contextlib
 import itertools
 import json
+import os
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,8 +113,9 @@ def _lacking(entry: Entry, about: str, detail: str) -> PolyvisorError:
 async def end(process: asyncio.subprocess.Process) -> None:
     """End an ssh process; what the agent has begun goes on."""
     if process.returncode is None:
+        # Its own kill() looks first whether it has ended, and would take its exit status away from asyncio.
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
     await process.wait()
     transport = getattr(process, "_transport", None)
     if transport is not None:  # or its pipes would be closed by the garbage collector, with a warning
