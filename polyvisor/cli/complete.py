@@ -1,8 +1,9 @@
-"""Shell completion, by argcomplete: verbs, flags, and the names of VMs and images."""
+"""Shell completion, by argcomplete: verbs, flags, and the names of VMs, images and hosts."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from polyvisor.cli.context import Context
@@ -35,6 +36,8 @@ def complete() -> None:
             action.completer = _images if action.metavar == "IMAGE" else _vms  # type: ignore[attr-defined]
         elif action.dest == "image":
             action.completer = _images  # type: ignore[attr-defined]
+        elif action.metavar == "HOST":
+            action.completer = _hosts  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
 
 
@@ -49,13 +52,28 @@ def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return found
 
 
-def _vms(**_: Any) -> list[str]:
+def _vms(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
+    if _elsewhere(parsed_args):
+        return []
     from polyvisor.host.store import VMStore
 
     return VMStore(default_home()).names()
 
 
-def _images(**_: Any) -> list[str]:
+def _elsewhere(options: argparse.Namespace | None) -> bool:
+    """Whether another host is meant: what is there is not asked for at every press of the key."""
+    return bool(getattr(options, "on_host", None) or os.environ.get("POLYVISOR_HOST"))
+
+
+def _hosts(**_: Any) -> list[str]:
+    from polyvisor.cli.remote import known_hosts
+
+    return known_hosts().names()
+
+
+def _images(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
+    if _elsewhere(parsed_args):
+        return []
     from polyvisor.host.images import BUILDABLE
     from polyvisor.images import catalogue
     from polyvisor.images.store import ImageStore

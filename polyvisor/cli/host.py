@@ -22,12 +22,14 @@ def add_host(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_host, name=None)
     verbs = parser.add_subparsers(metavar="VERB")
     sub = verbs.add_parser("add", help="give a machine that SSH reaches a name, after trying it out")
-    sub.add_argument("name", metavar="HOST")
+    sub.add_argument("name", metavar="HOST", help="a name of your choice")
     sub.add_argument(
         "address", metavar="ADDRESS", help="ssh://user@host:port; user and port may be left to ~/.ssh/config"
     )
     sub.add_argument("-i", "--identity", metavar="FILE", help="the private key to log in with")
-    sub.add_argument("--known-hosts", metavar="FILE", help="where the host's key is known, beside ~/.ssh/known_hosts")
+    sub.add_argument(
+        "--known-hosts", metavar="FILE", help="where the host's key is known, in place of ~/.ssh/known_hosts"
+    )
     sub.add_argument("--accept-new", action="store_true", help="take a key that was never seen without asking")
     sub.add_argument("--home", metavar="DIR", help="where VMs are kept there (default: as for every user there)")
     sub.add_argument("-f", "--force", action="store_true", help="add it though it does not answer, or can run no VMs")
@@ -66,9 +68,14 @@ def _add(context: Context, options: argparse.Namespace) -> int:
     if old is not None and dataclasses.replace(old, added_at=entry.added_at) != entry:
         hint = f"choose another name, or: polyvisor host rm {entry.name}"
         raise AlreadyExists(f"there is a host '{entry.name}' already, at {old.url}", hint=hint)
-    context.host = connected(entry, accept_new=options.accept_new)
+    host = context.host = connected(entry, accept_new=options.accept_new)
+
+    async def try_out() -> HostStatus:
+        await host.stop_sharing()
+        return await host.status()
+
     try:
-        status = context.run(context.host.status())
+        status = context.run(try_out())
         if status.hypervisor is None:
             raise Unavailable(
                 f"host '{entry.name}' can run no VMs: {status.hypervisor_reason}",
@@ -118,9 +125,13 @@ def _ls(context: Context, options: argparse.Namespace) -> int:
 async def _look(hosts: Hosts) -> list[tuple[Entry, HostStatus | PolyvisorError]]:
     """Every host, and what it says, or why it says nothing; all are asked at once."""
     from polyvisor.cli.remote import connected
+    from polyvisor.remote.address import Entry
 
     async def ask(name: str) -> tuple[Entry, HostStatus | PolyvisorError]:
-        entry = hosts.get(name)
+        try:
+            entry = hosts.get(name)
+        except PolyvisorError as error:
+            return Entry(name=name, url="", added_at=0.0), error
         host = connected(entry)
         try:
             return entry, await host.status()
@@ -167,9 +178,7 @@ def _host(context: Context, options: argparse.Namespace) -> int:
 
 def _choose(context: Context, options: argparse.Namespace) -> None:
     if options.name is not None:
-        from polyvisor.cli.remote import named_host
-
-        context.host = named_host(options.name)
+        context.on_host = options.name
 
 
 def _lines(status: HostStatus) -> list[tuple[str, str]]:
@@ -201,7 +210,7 @@ def _doctor(context: Context, options: argparse.Namespace) -> int:
     else:
         print(table(("", "CHECK", "FOUND"), [(_MARKS[c.result], c.name, c.detail) for c in checks]))
         if remedies := [(c.name, c.remedy) for c in checks if c.remedy and c.result is not CheckResult.OK]:
-            print("\nto mend:\n" + "\n".join(f"  {name}: {remedy}" for name, remedy in remedies))
+            print("\nto mend:\n" + "\n".join(context.line(f"  {name}: {remedy}") for name, remedy in remedies))
     return int(any(check.result is CheckResult.MISSING for check in checks))
 
 

@@ -38,7 +38,7 @@ class Address:
 class Entry:
     """A host that has a name here.
 
-    `identity` and `known_hosts` are files for SSH, beside those of its configuration; `home` is where VMs are kept there.
+    `identity` and `known_hosts` are files for SSH, in place of those of its configuration; `home` is where VMs are kept there.
     """
 
     name: str

@@ -33,7 +33,9 @@ from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.images.image import Image
+from polyvisor.images.unpack import open_source
 from polyvisor.operation import Progress, Step, silent
+from polyvisor.process import run
 from polyvisor.remote.address import Entry
 from polyvisor.remote.archive import archive
 from polyvisor.remote.connection import Connection, Stream
@@ -76,6 +78,11 @@ class RemoteHost:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
+
+    async def stop_sharing(self) -> None:
+        """Let the next connection be a new one, which shows whether key and login are right as they are now."""
+        if argv := self.link.stop_sharing():
+            await run(argv, check=False)
 
     # Calls
 

@@ -38,6 +38,10 @@ class Link:
         """
         return [*self._ssh(interactive), "-T", "--", self._destination, command]
 
+    def stop_sharing(self) -> list[str] | None:
+        """The command after which no new session goes through the shared connection; those that do go on."""
+        return [*self._ssh(interactive=False), "-O", "stop", "--", self._destination] if self._shared else None
+
     def tunnel(self, address: str, port: int) -> str:
         """The command (for a shell) whose stdin and stdout lead to a port of the host, as ProxyCommand of another ssh."""
         where = f"[{address}]:{port}"
@@ -107,13 +111,13 @@ _MEANINGS: Sequence[tuple[str, type[PolyvisorError], str, str]] = (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         HostKeyChanged,
         "its host key is not the one it had before: it was reinstalled, or somebody stands between",
-        "if you know why: ssh-keygen -R {known_as}",
+        "if you know why: ssh-keygen {file}-R {known_as}",
     ),
     (
         "Host key verification failed",
         HostKeyUnknown,
         "its host key is not known here",
-        "polyvisor host add shows its fingerprint and asks; with --accept-new it is taken as it is",
+        "polyvisor host add shows its fingerprint and asks, on a terminal; with --accept-new it is taken as it is",
     ),
     ("Permission denied", LoginRefused, "it refuses the login", "check the user, and the key: ssh {destination} true"),
     (
@@ -145,10 +149,13 @@ def explained(entry: Entry, stderr: str) -> PolyvisorError:
     known_as = f"[{address.host}]:{address.port}" if address.port not in (None, 22) else address.host
     for words, kind, meaning, hint in _MEANINGS:
         if words in stderr:
-            destination = f"-p {address.port} " * (address.port is not None) + (
-                f"{address.user}@{address.host}" if address.user else address.host
+            destination = (
+                (f"-i {shlex.quote(entry.identity)} " if entry.identity else "")
+                + (f"-p {address.port} " if address.port else "")
+                + (f"{address.user}@{address.host}" if address.user else address.host)
             )
-            hint = hint.format(known_as=shlex.quote(known_as), destination=destination)
+            file = f"-f {shlex.quote(entry.known_hosts)} " if entry.known_hosts else ""
+            hint = hint.format(known_as=shlex.quote(known_as), file=file, destination=destination)
             return kind(f"host '{entry.name}' ({entry.url}): {meaning}", hint=hint)
     return unexplained(entry, stderr)
 
@@ -156,6 +163,4 @@ def explained(entry: Entry, stderr: str) -> PolyvisorError:
 def unexplained(entry: Entry, stderr: str) -> PolyvisorError:
     """An error with the last words on stderr."""
     last = next((line for line in reversed(stderr.splitlines()) if line.strip()), "ssh ended without a word")
-    return Unavailable(
-        f"host '{entry.name}' ({entry.url}): {last.strip()}", hint="try: polyvisor host check, or ssh -v"
-    )
+    return Unavailable(f"host '{entry.name}' ({entry.url}): {last.strip()}", hint="ssh -v tells more")
