@@ -33,7 +33,6 @@ from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.images.image import Image
-from polyvisor.images.unpack import open_source
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import run
 from polyvisor.remote.address import Entry

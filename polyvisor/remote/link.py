@@ -7,6 +7,7 @@ Why OpenSSH and not a library: docs/design/remote-hosts.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -19,7 +20,8 @@ from polyvisor.process import find_program
 from polyvisor.remote.address import Entry
 
 # OpenSSH makes the socket under a longer name first; the path of a Unix socket has at most 107 bytes (unix(7)).
-_LONGEST_DIRECTORY = 107 - len("/0123456789012345678901234567890123456789.0123456789012345")
+_LOGIN = 8
+_LONGEST_DIRECTORY = 107 - len("/0123456789012345678901234567890123456789.0123456789012345") - _LOGIN
 KEEPALIVE_S, KEEPALIVES = 5, 3
 
 
@@ -48,6 +50,13 @@ class Link:
         return shlex.join([*self._ssh(interactive=False), "-W", where, "--", self._destination]).replace("%", "%%")
 
     @property
+    def _login(self) -> str:
+        """What tells apart the shared connections of one user: a host may give other keys other rights."""
+        files = f"{self.entry.identity}\n{self.entry.known_hosts}"
+        own = self.entry.identity or self.entry.known_hosts
+        return hashlib.sha256(files.encode()).hexdigest()[:_LOGIN] if own else ""
+
+    @property
     def _destination(self) -> str:
         address = self.entry.address
         return f"{address.user}@{address.host}" if address.user else address.host
@@ -72,7 +81,7 @@ class Link:
         if self._shared is not None:
             settings |= {
                 "ControlMaster": "auto",
-                "ControlPath": quoted(self._shared, "/%C"),
+                "ControlPath": quoted(self._shared, "/%C" + self._login),
                 "ControlPersist": "60",
             }
         port = ["-p", str(entry.address.port)] if entry.address.port else []

@@ -112,6 +112,16 @@ def test_a_new_connection_can_be_asked_for(tmp_path: Path) -> None:
     assert Link(entry, None).stop_sharing() is None
 
 
+def test_connections_are_shared_by_those_who_log_in_alike(tmp_path: Path) -> None:
+    def path(**files: str) -> str:
+        argv = Link(Entry(name="far", url="ssh://u@h", added_at=0.0, **files), tmp_path).argv("true")
+        return next(word for word in argv if word.startswith("ControlPath="))
+
+    assert path() == f"ControlPath={tmp_path}/%C"
+    assert len({path(), path(identity="/a"), path(identity="/b"), path(known_hosts="/a")}) == 4
+    assert path(identity="/a") == path(identity="/a")
+
+
 async def test_a_file_that_is_not_there_is_not_uploaded(tmp_path: Path) -> None:
     host = RemoteHost(Entry(name="far", url="ssh://x@127.0.0.1:1", added_at=0.0), Home(tmp_path / "home"))
     with pytest.raises(NotFound, match="there is no file"):
