@@ -51,10 +51,13 @@ class Context:
         """Run the verb's coroutine to its end; the progress bar is gone by then, and the connection to a host closed."""
         import asyncio
 
-        startup.ready()
+        closing = self._closing(work)
         try:
-            return asyncio.run(self._closing(work))
+            startup.ready()
+            return asyncio.run(closing)
         finally:
+            for coroutine in closing, work:  # Ctrl-C may come before they have begun
+                coroutine.close()
             if "progress" in self.__dict__:
                 self.progress.close()
 

@@ -250,7 +250,7 @@ class Stream:
     async def check_end(self) -> None:
         """Raises ConnectionLost unless it was the host that ended the stream."""
         if await self.process.wait() == SSH_FAILED:
-            raise ConnectionLost("the connection is lost", hint="what came before is not all there is")
+            raise ConnectionLost("the connection is lost", hint="what came before is not all there is; begin it again")
 
     async def close(self) -> None:
         await end(self.process)

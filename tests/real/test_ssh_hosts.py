@@ -67,7 +67,7 @@ async def test_a_changed_key_is_refused_even_by_who_accepts_new_ones(
     (tmp_path / "known_hosts").write_text(f"[127.0.0.1]:{sshd.port} {key}\n")
     with pytest.raises(HostKeyChanged) as raised:
         await names_on(replace(entry, known_hosts=str(tmp_path / "known_hosts")), client, accept_new=True)
-    assert f"ssh-keygen -R '[127.0.0.1]:{sshd.port}'" in str(raised.value.hint)
+    assert f"ssh-keygen -f {tmp_path}/known_hosts -R '[127.0.0.1]:{sshd.port}'" in str(raised.value.hint)
 
 
 async def test_a_wrong_key_is_not_let_in(entry: Entry, client: Home, tmp_path: Path) -> None:
