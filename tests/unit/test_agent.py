@@ -235,14 +235,15 @@ class TestErrors:
         assert [(type(error), error.message) for error in errors] == [(NotFound, "there is no such upload")] * 4
         assert side.host.imported == []
 
-    async def test_what_was_uploaded_is_imported_and_kept_where_that_fails(self, side: Side) -> None:
+    async def test_what_was_uploaded_is_imported_and_forgotten_also_where_that_fails(self, side: Side) -> None:
         upload = side.uploads.take(io.BytesIO(b"content"), "x.raw", 7)
         side.call(1, "image_import", source=upload, name="x")
         side.call(2, "image_import", source="http://h/x", name="x")
         messages = [raised(answer["error"]).message for answer in await side.answers()]
         assert "asked for http://h/x" in messages
         assert side.host.imported == [b"content"]
-        assert side.uploads.find(upload).is_file()
+        with pytest.raises(NotFound):
+            side.uploads.find(upload)
 
 
 class TestUnderWay:

@@ -275,10 +275,10 @@ class TestSharedDirectory:
         assert shared_directory(short) is None
 
     def test_one_whose_path_is_too_long_for_a_socket_is_not_used(self, short: Path) -> None:
-        longest = short / ("x" * 45)
+        longest = short / ("x" * 37)
         longest.mkdir()
         assert shared_directory(longest) == longest / "run"
-        longer = short / ("x" * 46)
+        longer = short / ("x" * 38)
         longer.mkdir()
         assert shared_directory(longer) is None
         assert not (longer / "run").exists()

@@ -117,7 +117,7 @@ def test_connections_are_shared_by_those_who_log_in_alike(tmp_path: Path) -> Non
         argv = Link(Entry(name="far", url="ssh://u@h", added_at=0.0, **files), tmp_path).argv("true")
         return next(word for word in argv if word.startswith("ControlPath="))
 
-    assert path() == f"ControlPath={tmp_path}/%C"
+    assert path().strip('"').endswith("/%C")
     assert len({path(), path(identity="/a"), path(identity="/b"), path(known_hosts="/a")}) == 4
     assert path(identity="/a") == path(identity="/a")
 
