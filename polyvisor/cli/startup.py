@@ -2,9 +2,10 @@
 
 asyncio is most of what there is to load, and listing VMs of which none is alive can do without it. So `quicken` puts a
 module in its place that loads it at its first use, and `ready` loads it without TLS, which it knows to do without and
-nothing here uses through it. (importlib.util.LazyLoader is meant for this, but before Python 3.12 the second module that
-imports the deferred one already counts as a use.) Until `ready` no garbage is collected: nothing that is imported becomes
-any, and looking for it would take a tenth of the time.
+nothing here uses through it. The same holds for inspect, which dataclasses need for classes without a docstring alone.
+(importlib.util.LazyLoader is meant for this, but before Python 3.12 the second module that imports the deferred one already
+counts as a use.) Until `ready` no garbage is collected: nothing that is imported becomes any, and looking for it would take
+a tenth of the time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-NAME = "asyncio"
+NAMES = ("asyncio", "inspect")
 
 
 class _Deferred(ModuleType):
@@ -33,10 +34,11 @@ class _Deferred(ModuleType):
 
 
 def quicken() -> None:
-    """Begin the start-up: call it before anything is imported that imports asyncio."""
+    """Begin the start-up: call it before anything is imported that imports one of these."""
     gc.disable()
-    if NAME not in sys.modules:
-        sys.modules[NAME] = _Deferred(NAME)
+    for name in NAMES:
+        if name not in sys.modules:
+            sys.modules[name] = _Deferred(name)
 
 
 def ready() -> None:
@@ -45,7 +47,7 @@ def ready() -> None:
     if without_tls:
         sys.modules["ssl"] = None  # type: ignore[assignment]
     try:
-        getattr(sys.modules[NAME], "run")  # noqa: B009 - any attribute loads it
+        getattr(sys.modules["asyncio"], "run")  # noqa: B009 - any attribute loads it
     finally:
         if without_tls:
             del sys.modules["ssl"]

@@ -38,3 +38,10 @@ def test_tls_is_there_for_those_who_need_it() -> None:
 
 def test_it_changes_nothing_where_asyncio_is_there_already() -> None:
     assert python("import asyncio as early\n" + DEFER + "import asyncio\nprint(early is asyncio)") == "True"
+
+
+def test_dataclasses_do_without_inspect_until_somebody_uses_it() -> None:
+    code = (
+        "import polyvisor.host.api, inspect\nprint('ast' in sys.modules, inspect.isfunction(len), 'ast' in sys.modules)"
+    )
+    assert python(DEFER + code) == "False False True"
