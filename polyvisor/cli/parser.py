@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from polyvisor.errors import InvalidInput, PolyvisorError
@@ -54,6 +53,8 @@ def _nearest(message: str) -> str | None:
     if match is None:
         return None
     choices = [choice.strip().strip("'") for choice in match[2].split(",")]
+    from difflib import get_close_matches
+
     near = get_close_matches(match[1], choices, 1)
     if near:
         return f"did you mean '{near[0]}'?"

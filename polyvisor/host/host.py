@@ -2,7 +2,7 @@
 
 A `Host` is made by whoever needs one (the command line, a program that imports Polyvisor), does its work in that process
 and is thrown away; VMs live on as processes of their own. What it knows it reads from the VM directories and asks of the
-driver.
+driver. Looking at VMs is what is done most: what other verbs need is imported by them.
 """
 
 from __future__ import annotations
@@ -20,24 +20,11 @@ from polyvisor.drivers.base import Driver, Observed
 from polyvisor.drivers.qemu.driver import QemuDriver
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.home import Home, default_home
-from polyvisor.host import prepare
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
-from polyvisor.host.keys import reserve_host_key
-from polyvisor.host.machine import host_status, total_memory_mib
-from polyvisor.host.plan import (
-    build_boot,
-    check_devices,
-    choose_accelerator,
-    choose_firmware,
-    choose_mode,
-    derived_mac,
-    explain_choice,
-)
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import VMDirectory, VMStore
 from polyvisor.images.image import Image
-from polyvisor.network.ports import chosen_forwards
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward, parse_forward
 from polyvisor.spec.vm import VMSpec
@@ -65,6 +52,8 @@ class Host:
         return self._capabilities
 
     async def status(self) -> HostStatus:
+        from polyvisor.host.machine import host_status
+
         states = [status.state for status in await self.vms()]
         return host_status(
             self.home, await self.capabilities(), {s.value: states.count(s) for s in VMState if s in states}
@@ -112,17 +101,23 @@ class Host:
 
     async def _check(self, spec: VMSpec, progress: Progress) -> Image:
         """Everything that can be wrong with `spec` on this host, changing nothing but the image store."""
+        from polyvisor.host.machine import total_memory_mib
+        from polyvisor.host.plan import check_devices, choose_accelerator, choose_firmware, choose_mode
+        from polyvisor.host.prepare import check_disk_sizes
+
         choose_accelerator(spec, await self.capabilities())
         if spec.memory_mib is not None and spec.memory_mib > (total := total_memory_mib()):
             raise InvalidInput("memory_mib", spec.memory_mib, f"this host has {total} MiB", hint="ask for less")
         image = await self.images.ensure(spec.image, progress)
         choose_firmware(spec, image, choose_mode(spec, image))
         check_devices(spec, image)
-        prepare.check_disk_sizes(spec, image)
+        check_disk_sizes(spec, image)
         return image
 
     async def _create(self, vm: VMDirectory, spec: VMSpec, image: Image, new: bool) -> bool:
         """Make the VM whose lock is held; returns False where it is there already, with the same spec, and may be."""
+        from polyvisor.host import prepare
+
         if vm.path.is_dir():
             if not new and vm.record.spec == spec:
                 return False
@@ -147,6 +142,9 @@ class Host:
             return await self._start(vm)
 
     async def _start(self, vm: VMDirectory) -> VMStatus:
+        from polyvisor.host import prepare
+        from polyvisor.host.plan import choose_accelerator, explain_choice
+
         if vm.alive():
             return await self._status(vm)
         record = vm.record
@@ -167,6 +165,9 @@ class Host:
     async def _launch(
         self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str
     ) -> Observed:
+        from polyvisor.host.keys import reserve_host_key
+        from polyvisor.host.plan import build_boot
+
         boot = build_boot(record, image, self.images.store.directory(image), chosen.name, vm.launch())
         command = await self.driver.command(boot)
         vm.write_launch(
@@ -253,6 +254,8 @@ class Host:
         return [status for status in statuses if status is not None]
 
     async def show(self, name: str) -> Details:
+        from polyvisor.host.plan import derived_mac
+
         vm = self.store.get(name)
         record, launch = vm.record, vm.launch()
         return Details(
@@ -319,6 +322,8 @@ class Host:
     # Ports
 
     async def add_forward(self, name: str, forward: Forward) -> VMStatus:
+        from polyvisor.network.ports import chosen_forwards
+
         async with self._locked(name, "forward") as vm:
             index = _user_nic(vm.record.spec)
             launch = vm.launch()

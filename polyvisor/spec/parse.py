@@ -11,7 +11,6 @@ import functools
 import types
 import typing
 from collections.abc import Hashable, Mapping
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -142,5 +141,7 @@ def _prefixed(error: InvalidInput, path: str) -> InvalidInput:
 
 
 def _nearest(key: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(key[:100], known, 1)
     return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"

@@ -113,11 +113,19 @@ def test_stopped_process(polyvisor: Polyvisor, vm: str, verb: tuple[str, ...]) -
     assert_nothing_left(polyvisor.home)
 
 
+def runs_qemu(pid: int) -> bool:
+    """Whether the process is QEMU by now, rather than the fork that is about to become it."""
+    try:
+        return "qemu" in Path(f"/proc/{pid}/exe").readlink().name
+    except OSError:
+        return False
+
+
 def test_stopped_before_its_pid_file(polyvisor: Polyvisor) -> None:
     """Cut off so early that neither pid file nor socket was made, QEMU is found by the lock that it holds."""
     polyvisor.good("create", "tiny", "--name", "vm")
     process = polyvisor.start("start", "vm")
-    while not (found := qemus(polyvisor.home)):
+    while not (found := [pid for pid in qemus(polyvisor.home) if runs_qemu(pid)]):
         assert process.poll() is None, process.communicate()
         time.sleep(0.0005)
     os.kill(found[0], signal.SIGSTOP)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -78,6 +77,8 @@ async def connected(
 
     Raises TimedOut after `timeout_s` seconds, and QMPLost as soon as `gone` says that QEMU has ended.
     """
+    import logging
+
     from qemu.qmp import QMPError
 
     # The library logs every lost connection as an error; here the caller is told by an exception.
