@@ -26,10 +26,14 @@ class BootDisk:
 
 @dataclass(frozen=True, kw_only=True)
 class BootNic:
-    """A network card; `network` as in the spec, `forwards` with every port chosen."""
+    """A network card; `network` as in the spec, `forwards` with every port chosen.
+
+    `group` is ADDRESS:PORT of a private network's frames.
+    """
 
     mac: str
     network: str
+    group: str | None = None
     forwards: tuple[Forward, ...] = ()
 
 

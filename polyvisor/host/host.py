@@ -52,12 +52,12 @@ class Host:
         return self._capabilities
 
     async def status(self) -> HostStatus:
+        from polyvisor.drivers.xen.probe import probe as probe_xen
         from polyvisor.host.machine import host_status
 
         states = [status.state for status in await self.vms()]
-        return host_status(
-            self.home, await self.capabilities(), {s.value: states.count(s) for s in VMState if s in states}
-        )
+        drivers = (await self.capabilities(), await probe_xen())
+        return host_status(self.home, drivers, {s.value: states.count(s) for s in VMState if s in states})
 
     async def check(self) -> list[Check]:
         from polyvisor.host.doctor import check_host
@@ -168,7 +168,9 @@ class Host:
         from polyvisor.host.keys import reserve_host_key
         from polyvisor.host.plan import build_boot
 
-        boot = build_boot(record, image, self.images.store.directory(image), chosen.name, vm.launch())
+        boot = build_boot(
+            record, image, self.images.store.directory(image), chosen.name, vm.launch(), str(self.home.path)
+        )
         command = await self.driver.command(boot)
         vm.write_launch(
             Launch(

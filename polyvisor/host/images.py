@@ -11,7 +11,8 @@ from polyvisor.images.image import Image, Seed
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.operation import Progress, silent
 
-BUILDABLE = {"tiny": "tiny", "debian": "debian-12"}
+# What can be built, and the image's name where nobody chooses one (`flavours` knows more, and is imported late).
+BUILDABLE = {"tiny": "tiny", "debian": "debian-12", "lab-kvm": "lab-kvm", "lab-xen": "lab-xen"}
 
 
 class Images:
@@ -74,18 +75,19 @@ class Images:
                 raise InvalidInput("size", size_gib, "image 'tiny' has no disk", hint="leave --size out")
             options = {"name": name or "tiny", "suite": suite or "bookworm", "mirror": mirror}
             return await build_tiny(self.store, self.home.cache, progress=progress, **options)  # type: ignore[arg-type]
-        if kind == "debian":
+        if kind in BUILDABLE:
             from polyvisor.images.debian import build_debian
+            from polyvisor.images.flavours import FLAVOURS
 
-            sized = {} if size_gib is None else {"size_gib": size_gib}
             return await build_debian(
                 self.store,
                 self.home.cache,
+                flavour=FLAVOURS[kind],
                 suite=suite or "bookworm",
                 name=name,
+                size_gib=size_gib,
                 mirror=mirror,
                 progress=progress,
-                **sized,
             )
         raise InvalidInput("image", kind, "is not an image that can be built", hint=f"use {' or '.join(BUILDABLE)}")
 

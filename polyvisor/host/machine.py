@@ -21,13 +21,16 @@ def total_memory_mib() -> int:
     return _meminfo("MemTotal")
 
 
-def host_status(home: Home, capabilities: Capabilities, vms_by_state: dict[str, int]) -> HostStatus:
-    """The status of this machine; `capabilities` is what its driver found."""
+def host_status(
+    home: Home, drivers: tuple[Capabilities, Capabilities | None], vms_by_state: dict[str, int]
+) -> HostStatus:
+    """The status of this machine; `drivers` is what QEMU's driver found, and Xen's where this is a Xen host."""
+    qemu, xen = drivers
     try:
-        chosen = choose_accelerator(_ANY, capabilities)
-        hypervisor, reason = chosen.name, explain_choice(chosen, capabilities)
+        chosen = choose_accelerator(_ANY, qemu)
+        hypervisor, reason = chosen.name, explain_choice(chosen, qemu)
     except Unsupported as error:
-        hypervisor, reason = None, error.message
+        hypervisor, reason = None, xen.missing["start"] if xen else error.message
     system = os.uname()
     return HostStatus(
         name=socket.gethostname(),
@@ -41,7 +44,7 @@ def host_status(home: Home, capabilities: Capabilities, vms_by_state: dict[str, 
         storage_free_mib=_free_mib(home.path),
         hypervisor=hypervisor,
         hypervisor_reason=reason,
-        capabilities=(capabilities,),
+        capabilities=(qemu,) if xen is None else (qemu, xen),
         vms_by_state=vms_by_state,
     )
 

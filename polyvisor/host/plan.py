@@ -6,6 +6,7 @@ Pure functions: what they need to know of the host is handed to them.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from polyvisor.errors import InvalidInput, Unsupported
 from polyvisor.host.record import Launch, Record
 from polyvisor.images.image import Image, Seed
 from polyvisor.network.ports import chosen_forwards, wanted_forwards
+from polyvisor.network.private import multicast_group
 from polyvisor.spec.forward import Forward
-from polyvisor.spec.vm import DeviceModel, Firmware, Hypervisor, Mode, VMSpec
+from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, VMSpec
 from polyvisor.status import Accelerator, Capabilities
 
 SEED_DISK = Path("disks/seed.iso")
@@ -31,6 +33,8 @@ def disk_path(index: int) -> Path:
 
 def choose_accelerator(spec: VMSpec, capabilities: Capabilities) -> Accelerator:
     """What runs the guest; raises Unsupported, with the reason, where what the spec asks for does not work here."""
+    if spec.cpu == NESTED and (reason := capabilities.missing.get("nested-kvm")):
+        capabilities = _without_kvm(capabilities, reason)
     if spec.hypervisor is Hypervisor.XEN:
         raise Unsupported(
             "hypervisor: xen: this version of Polyvisor has no Xen driver yet", hint="use auto, kvm or tcg"
@@ -44,6 +48,14 @@ def choose_accelerator(spec: VMSpec, capabilities: Capabilities) -> Accelerator:
         if accelerator.available:
             return accelerator
     raise Unsupported(f"no hypervisor works here: {capabilities.accelerators[0].reason}", hint="polyvisor doctor")
+
+
+def _without_kvm(capabilities: Capabilities, reason: str) -> Capabilities:
+    accelerators = tuple(
+        replace(each, available=False, reason=reason) if each.name == "kvm" else each
+        for each in capabilities.accelerators
+    )
+    return replace(capabilities, accelerators=accelerators)
 
 
 def explain_choice(chosen: Accelerator, capabilities: Capabilities) -> str:
@@ -95,8 +107,11 @@ def build_boot(
     image_directory: Path,
     accelerator: str,
     last: Launch | None = None,
+    place: str = "",
 ) -> Boot:
     """The `Boot` of a VM: `image_directory` holds the image's files, `last` is how it was last started.
+
+    `place` tells apart private networks of the same name.
 
     Raises InvalidInput where a port is taken.
     """
@@ -119,7 +134,7 @@ def build_boot(
         initrd=_initrd(image, image_directory) if direct else None,
         cmdline=" ".join(filter(None, (image.cmdline, spec.cmdline))) if direct else "",
         disks=boot_disks(spec, image, image_directory),
-        nics=boot_nics(record, last),
+        nics=boot_nics(record, last, place),
         seed=SEED_DISK if image.seed is Seed.NOCLOUD else None,
         uefi_vars=UEFI_VARIABLES if firmware is Firmware.UEFI else None,
     )
@@ -131,7 +146,7 @@ def boot_disks(spec: VMSpec, image: Image, image_directory: Path) -> tuple[BootD
     return tuple(BootDisk(path=disk_path(i), backing=backing) for i, backing in enumerate(backings))
 
 
-def boot_nics(record: Record, last: Launch | None) -> tuple[BootNic, ...]:
+def boot_nics(record: Record, last: Launch | None, place: str) -> tuple[BootNic, ...]:
     """The network cards, ports chosen; raises InvalidInput where a port is taken."""
     wanted: list[list[Forward]] = []
     for i, nic in enumerate(record.spec.nics):
@@ -144,6 +159,7 @@ def boot_nics(record: Record, last: Launch | None) -> tuple[BootNic, ...]:
         BootNic(
             mac=nic.mac or derived_mac(record.id, i),
             network=nic.network,
+            group=multicast_group(place, nic.network) if nic.network.startswith("private:") else None,
             forwards=tuple(islice(chosen, len(wanted[i]))),
         )
         for i, nic in enumerate(record.spec.nics)

@@ -21,6 +21,7 @@ from polyvisor.files import is_flocked, storage_errors, take_flock
 from polyvisor.images.debian_disk import Disk, cmdline, generated_files, plan_disk, write_boot
 from polyvisor.images.debian_log import BuildLog
 from polyvisor.images.fetch import fetch
+from polyvisor.images.flavours import FLAVOURS, SUITES, Flavour
 from polyvisor.images.image import Image, ImageFile, Seed
 from polyvisor.images.mirror import MAX_INRELEASE, check_mirror
 from polyvisor.images.namespace import check_namespace, missing_ids, namespace_argv, remove_tree
@@ -31,7 +32,6 @@ from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import install_command, run
 
-SUITES = {"bookworm": "debian-12", "trixie": "debian-13"}
 PACKAGES = (
     # The cloud kernel lacks AHCI, e1000 and a display: the general one drives emulated devices too.
     "linux-image-amd64",
@@ -86,7 +86,6 @@ _PROGRAMS = {
     "setpriv": "util-linux",
 }
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_DATA = "data/debian"
 
 
 def sources_list(suite: str, mirror: str, security: str | None) -> str:
@@ -117,20 +116,22 @@ async def build_debian(
     store: ImageStore,
     cache: Path,
     *,
+    flavour: Flavour = FLAVOURS["debian"],
     suite: str = "bookworm",
     name: str | None = None,
-    size_gib: int = 4,
+    size_gib: int | None = None,
     mirror: str | None = None,
     progress: Progress = silent,
 ) -> Image:
-    """Build a Debian image of `suite` with a disk of `size_gib` and put it into `store`.
+    """Build a Debian image of `suite` with a disk of `size_gib` (by default the flavour's) and put it into `store`.
 
     `mirror` is the URL of a Debian archive; see `choose_sources`. The packages fetched stay in `cache` for the next
     build. Raises InvalidInput, Unavailable (with all that is missing), StorageFull, NotPermitted, DownloadFailed,
     ProcessFailed.
     """
+    size_gib = flavour.size_gib if size_gib is None else size_gib
     mirror = _check(suite, size_gib, mirror)
-    name = check_image_name(name or SUITES[suite])
+    name = check_image_name(name or flavour.name(suite))
     check_programs()
     await check_namespace()
     sources = await choose_sources(suite, mirror)
@@ -141,13 +142,13 @@ async def build_debian(
         try:
             disk = plan_disk(size_gib << 30)
             packages = packages_directory(cache, suite)
-            prepare(work, packages, disk, sources)
+            prepare(work, packages, disk, sources, flavour)
             async with _alone(packages, progress):
-                await _build(work, packages, disk, suite, progress)
+                await _build(work, packages, disk, suite, flavour, progress)
             await _finish(work, staging, disk, progress)
         finally:
             await asyncio.shield(remove_tree(work))
-        return store.add(staging, _image(name, suite, disk, mirror), progress)
+        return store.add(staging, _image(name, suite, disk, mirror, flavour), progress)
 
 
 def packages_directory(cache: Path, suite: str) -> Path:
@@ -214,12 +215,12 @@ async def _alone(packages: Path, progress: Progress) -> AsyncIterator[None]:
         os.close(fd)
 
 
-async def _build(work: Path, packages: Path, disk: Disk, suite: str, progress: Progress) -> None:
+async def _build(work: Path, packages: Path, disk: Disk, suite: str, flavour: Flavour, progress: Progress) -> None:
     """Make the root file system inside `work`/disk.raw, and the boot files beside it."""
     log = BuildLog(progress)
     progress(log.step)
     try:
-        await run(build_argv(work, packages, disk, suite), env=_environment(), on_output=log.feed)
+        await run(build_argv(work, packages, disk, suite, flavour), env=_environment(), on_output=log.feed)
     except ProcessFailed as error:
         raise ProcessFailed(
             ["mmdebstrap", suite],
@@ -229,9 +230,10 @@ async def _build(work: Path, packages: Path, disk: Disk, suite: str, progress: P
         ) from error
 
 
-def build_argv(work: Path, packages: Path, disk: Disk, suite: str) -> list[str]:
+def build_argv(work: Path, packages: Path, disk: Disk, suite: str, flavour: Flavour) -> list[str]:
     """The command that runs build.sh; see there for its arguments."""
-    script = ["sh", str(work / "build.sh"), str(work), str(packages), suite, ",".join(PACKAGES)]
+    include = ",".join((*PACKAGES, *flavour.packages))
+    script = ["sh", str(work / "build.sh"), str(work), str(packages), suite, include]
     place = [str(disk.root_uuid), str(disk.root.start), str(disk.root.size // 1024)]
     return namespace_argv([*script, *place], root=os.geteuid() == 0)
 
@@ -241,7 +243,7 @@ def _environment() -> dict[str, str]:
     return {"PATH": _PATH, "TMPDIR": "/tmp", "HOME": "/root"}  # noqa: S108 (inside the new system)
 
 
-def prepare(work: Path, packages: Path, disk: Disk, sources: str) -> None:
+def prepare(work: Path, packages: Path, disk: Disk, sources: str, flavour: Flavour) -> None:
     """Fill a new directory `work` with what build.sh expects there; `sources` is sources.list, or empty.
 
     Raises StorageFull, NotPermitted.
@@ -249,9 +251,10 @@ def prepare(work: Path, packages: Path, disk: Disk, sources: str) -> None:
     with storage_errors("preparing the build"):
         work.mkdir()
         packages.mkdir(parents=True, exist_ok=True)
-        for file, path in _walk(files(__package__) / _DATA):
-            _write(work / path, file.read_bytes())
-        for path, text in generated_files(disk).items():
+        for directory in flavour.data:
+            for file, path in _walk(files(__package__) / "data" / directory):
+                _write(work / path, file.read_bytes())
+        for path, text in generated_files(disk, flavour).items():
             _write(work / path, text.encode())
         if sources:
             _write(work / "sources.list", sources.encode())
@@ -282,7 +285,7 @@ async def _finish(work: Path, staging: Path, disk: Disk, progress: Progress) -> 
     await pack(work / "disk.raw", staging / "disk.qcow2", disk.size, progress)
 
 
-def _image(name: str, suite: str, disk: Disk, mirror: str | None) -> Image:
+def _image(name: str, suite: str, disk: Disk, mirror: str | None, flavour: Flavour) -> Image:
     def file(name: str) -> ImageFile:
         return ImageFile(name=name, sha256="", size=0)
 
@@ -297,8 +300,8 @@ def _image(name: str, suite: str, disk: Disk, mirror: str | None) -> Image:
         kernel=file("vmlinuz"),
         initrd=file("initrd.img"),
         cmdline=cmdline(disk),
-        firmware=("bios", "uefi"),
+        firmware=flavour.firmware,
         seed=Seed.NOCLOUD,
-        user="debian",
-        memory_mib=512,
+        user=flavour.user,
+        memory_mib=flavour.memory_mib,
     )

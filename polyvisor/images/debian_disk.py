@@ -9,10 +9,13 @@ from uuid import UUID, uuid4
 
 from polyvisor.images import grub
 from polyvisor.images.fat import fat32
+from polyvisor.images.flavours import Flavour
 from polyvisor.images.partition import BIOS_BOOT, EFI_SYSTEM, LINUX_ROOT_X86_64, MIB, Partition, gpt
 
 CONSOLES = "console=tty0 console=ttyS0,115200"
 """Kernel messages on both; the last one is /dev/console, and logins are on every one that exists."""
+XEN_CONSOLES = "console=tty0 console=hvc0"
+"""The same for a dom0, whose serial port is Xen's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +56,23 @@ def plan_disk(size: int) -> Disk:
     )
 
 
-def cmdline(disk: Disk) -> str:
+def cmdline(disk: Disk, consoles: str = CONSOLES) -> str:
     """The kernel's command line, for GRUB and for direct boot."""
-    return f"root=UUID={disk.root_uuid} ro {CONSOLES}"
+    return f"root=UUID={disk.root_uuid} ro {consoles}"
 
 
-def generated_files(disk: Disk) -> dict[str, str]:
+def generated_files(disk: Disk, flavour: Flavour) -> dict[str, str]:
     """The files that depend on the disk. `rootfs` is copied before the kernel is installed, `boot` after."""
-    return {
+    generated = {
         "rootfs/etc/fstab": f"UUID={disk.root_uuid} / ext4 errors=remount-ro 0 1\n"
         f"PARTUUID={disk.efi.uuid} /boot/efi vfat noauto,umask=0077 0 0\n",
         "rootfs/etc/grub.d/01_serial": f"#!/bin/sh\ncat <<'EOF'\n{grub.SERIAL}EOF\n",
         "boot/early.cfg": grub.early_config(disk.root_uuid),
-        "boot/grub.cfg": grub.first_config(disk.root_uuid, cmdline(disk)),
+        "boot/grub.cfg": flavour.grub_config(disk.root_uuid, cmdline(disk, XEN_CONSOLES if flavour.xen else CONSOLES)),
     }
+    if flavour.xen is not None:
+        generated["rootfs/etc/default/grub.d/polyvisor-xen.cfg"] = grub.xen_defaults(flavour.xen, XEN_CONSOLES)
+    return generated
 
 
 def write_boot(work: Path, disk: Disk) -> None:

@@ -85,3 +85,31 @@ search --no-floppy --fs-uuid --set=root {root}
   initrd /initrd.img
 }}
 """
+
+
+def xen_defaults(xen: str, consoles: str) -> str:
+    """What the guest's own update-grub is to know, so that a later kernel boots under Xen as the first one did."""
+    return (
+        "# After a change: update-grub\n"
+        "XEN_OVERRIDE_GRUB_DEFAULT=1\n"
+        f'GRUB_CMDLINE_XEN="{xen}"\n'
+        f'GRUB_CMDLINE_LINUX_XEN_REPLACE="{consoles}"\n'
+    )
+
+
+def first_xen_config(root: UUID, xen: str, cmdline: str) -> str:
+    """The grub.cfg of a new image whose system is Xen's dom0: Xen with its own command line, then kernel and initrd.
+
+    Multiboot 2, as GRUB's 20_linux_xen writes it, for the same image and the guest's later kernels.
+    """
+    return f"""\
+set timeout=1
+insmod part_gpt
+insmod ext2
+search --no-floppy --fs-uuid --set=root {root}
+{SERIAL}menuentry 'Debian GNU/Linux, with Xen hypervisor' {{
+  multiboot2 /boot/xen.gz placeholder {xen}
+  module2 /vmlinuz placeholder {cmdline}
+  module2 --nounzip /initrd.img
+}}
+"""

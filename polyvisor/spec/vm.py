@@ -22,8 +22,11 @@ MAX_DISKS = 16
 MAX_NICS = 8
 MAX_USER_DATA = 512 << 10
 
+NESTED = "nested"
+
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
 _CPU = re.compile(r"(?!help\Z)[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
+_PRIVATE = re.compile(r"private:[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?\Z")
 _MAC = re.compile(r"[0-9a-f][02468ace](?::[0-9a-f]{2}){5}\Z")
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?\Z")
 _SSH_KEY = re.compile(r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+(?: [^\r\n\0]*)?\Z")
@@ -85,10 +88,15 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class Nic:
-    """A network card. `user` networks need no rights: the guest reaches out, and `forwards` lead in."""
+    """A network card, on a network that needs no rights.
+
+    On `user` the guest reaches out, and `forwards` lead in. On `private:NAME` are the VMs of this home that ask for it, with
+    addresses of their own choice, and nobody else.
+    """
 
     network: str = field(
-        default="user", metadata=setting("the network it is on: user, or none for a card without a cable")
+        default="user",
+        metadata=setting("the network it is on: user, private:NAME, or none for a card without a cable"),
     )
     mac: str | None = field(default=None, metadata=setting("MAC address; by default derived from the VM's id"))
     forwards: tuple[str, ...] = field(
@@ -96,8 +104,9 @@ class Nic:
     )
 
     def __post_init__(self) -> None:
-        if self.network not in ("user", "none"):
-            raise InvalidInput("network", self.network, "is not a network of this host", hint="use user or none")
+        if self.network not in ("user", "none") and not _PRIVATE.match(self.network):
+            hint = "use user, none, or private:NAME (a-z 0-9 -, at most 32)"
+            raise InvalidInput("network", self.network, "is not a network of this host", hint=hint)
         if self.mac is not None and not _MAC.match(self.mac):
             raise InvalidInput("mac", self.mac, "is not a unicast MAC address", hint="write it as 52:54:00:12:34:56")
         for i, text in enumerate(self.forwards):
@@ -137,7 +146,10 @@ class VMSpec:
     devices: DeviceModel = field(
         default=DeviceModel.PARAVIRTUAL, metadata=setting("device model: paravirtual or emulated")
     )
-    cpu: str = field(default="auto", metadata=setting("CPU model: auto, or a name that the hypervisor knows"))
+    cpu: str = field(
+        default="auto",
+        metadata=setting("CPU model: auto, nested (the guest can run VMs), or a name that the hypervisor knows"),
+    )
     cmdline: str = field(default="", metadata=setting("words to add to the kernel's command line, in mode pvh"))
     disks: tuple[Disk, ...] = field(default=(), metadata=setting("disks, in order", flag="--disk"))
     nics: tuple[Nic, ...] = field(default=(Nic(),), metadata=setting("network cards, in order", flag="--nic"))

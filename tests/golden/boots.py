@@ -51,6 +51,13 @@ DEBIAN = replace(
 AWKWARD = Path('/srv/a,readonly=off b=c"d\\e\u00e9:f%s/store/0123456789ab')
 
 BOOTS = {
+    "nested-tcg": replace(
+        DEBIAN,
+        accelerator="tcg",
+        cpu="nested",
+        nics=(*TINY.nics, BootNic(mac="52:54:00:77:01:01", network="private:lab", group="239.192.1.2:20345")),
+    ),
+    "nested-kvm": replace(DEBIAN, cpu="nested"),
     "tiny-pvh-tcg": TINY,
     "pvh-kvm-no-initrd": replace(TINY, accelerator="kvm", initrd=None, cmdline="", cpu="EPYC-v4"),
     "pvh-with-disk": replace(TINY, disks=DEBIAN.disks),

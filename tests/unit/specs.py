@@ -24,7 +24,7 @@ macs = st.tuples(st.integers(0, 63).map(lambda n: n * 4), *[st.integers(0, 255)]
 disks = st.builds(Disk, size_gib=st.none() | st.integers(1, 64 << 10))
 nics = st.builds(
     Nic, mac=st.none() | macs, forwards=st.lists(forwards.map(str), max_size=3, unique=True).map(tuple)
-) | st.builds(Nic, network=st.just("none"), mac=st.none() | macs)
+) | st.builds(Nic, network=st.sampled_from(["none", "private:lab"]), mac=st.none() | macs)
 ssh_keys = st.from_regex(r"ssh-ed25519 [A-Za-z0-9+/]{40,68}( [a-z@.: ]{0,20}[a-z])?", fullmatch=True)
 specs = st.builds(
     VMSpec,

@@ -18,6 +18,7 @@ from polyvisor.images import debian, grub, namespace
 from polyvisor.images.debian_disk import cmdline, generated_files, plan_disk, write_boot
 from polyvisor.images.debian_log import BuildLog
 from polyvisor.images.fat import fat32, short_name
+from polyvisor.images.flavours import FLAVOURS
 from polyvisor.images.partition import BIOS_BOOT, MIB, SECTOR, Partition, gpt
 from polyvisor.images.store import ImageStore
 from polyvisor.operation import Step
@@ -186,7 +187,9 @@ def test_what_is_not_grub_is_refused() -> None:
 def test_every_configuration_leads_to_the_same_root() -> None:
     disk = plan_disk(4 << 30)
     texts = [grub.early_config(disk.root_uuid), grub.efi_config(disk.root_uuid), cmdline(disk)]
-    texts += [text for path, text in generated_files(disk).items() if not path.endswith("01_serial")]
+    texts += [
+        text for path, text in generated_files(disk, FLAVOURS["debian"]).items() if not path.endswith("01_serial")
+    ]
     assert all(str(disk.root_uuid) in text for text in texts)
     assert grub.first_config(ROOT, "x y").count("linux /vmlinuz x y\n") == 1
 
@@ -231,15 +234,38 @@ def test_sources_name_suite_updates_and_security() -> None:
 
 def test_prepare_lays_out_what_the_script_expects(tmp_path: Path) -> None:
     work, disk = tmp_path / "work", plan_disk(2 << 30)
-    debian.prepare(work, tmp_path / "cache", disk, "deb x\n")
+    debian.prepare(work, tmp_path / "cache", disk, "deb x\n", FLAVOURS["debian"])
     assert (work / "disk.raw").stat().st_size == disk.size
     assert (work / "sources.list").read_text() == "deb x\n"
     assert str(disk.root_uuid) in (work / "rootfs/etc/fstab").read_text()
     for name in ("build.sh", "customize.sh", "boot/grub.cfg", "rootfs/etc/cloud/cloud.cfg.d/90_polyvisor.cfg"):
         assert (work / name).is_file(), name
-    argv = debian.build_argv(work, tmp_path / "cache", disk, "trixie")
+    argv = debian.build_argv(work, tmp_path / "cache", disk, "trixie", FLAVOURS["debian"])
     assert str(work / "build.sh") in argv
     assert [str(disk.root.start), str(disk.root.size // 1024)] == argv[-2:]
+
+
+def test_the_hosts_of_the_lab_are_debian_and_more(tmp_path: Path) -> None:
+    disk = plan_disk(2 << 30)
+    for kind, package in (("lab-kvm", "qemu-system-x86"), ("lab-xen", "xen-system-amd64")):
+        flavour, work = FLAVOURS[kind], tmp_path / kind
+        debian.prepare(work, tmp_path / "cache", disk, "", flavour)
+        assert (work / "boot/customize.d/lab.sh").is_file()
+        assert (work / "rootfs/etc/cloud/cloud.cfg.d/90_polyvisor.cfg").is_file()
+        included = debian.build_argv(work, tmp_path / "cache", disk, "bookworm", flavour)[-4].split(",")
+        assert {"linux-image-amd64", "python3", package} <= set(included)
+
+
+def test_xen_is_booted_first_and_update_grub_keeps_it_so(tmp_path: Path) -> None:
+    disk, xen = plan_disk(2 << 30), FLAVOURS["lab-xen"]
+    assert xen.xen is not None
+    generated = generated_files(disk, xen)
+    entry = generated["boot/grub.cfg"].partition("menuentry")[2]
+    assert f"multiboot2 /boot/xen.gz placeholder {xen.xen}\n" in entry
+    assert f"module2 /vmlinuz placeholder root=UUID={disk.root_uuid}" in entry
+    assert "console=hvc0" in entry and "ttyS0" not in entry, "the serial port is Xen's"
+    assert f'GRUB_CMDLINE_XEN="{xen.xen}"' in generated["rootfs/etc/default/grub.d/polyvisor-xen.cfg"]
+    assert not any("xen" in path for path in generated_files(disk, FLAVOURS["debian"]))
 
 
 @pytest.mark.parametrize(

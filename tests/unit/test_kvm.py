@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.drivers.qemu import kvm_probe
+from polyvisor.drivers.qemu import kvm, kvm_probe
 from polyvisor.drivers.qemu.kvm import check_kvm, prove_kvm
 from polyvisor.status import CheckResult
 
@@ -148,3 +148,18 @@ def test_the_probe_guest_runs_on_an_emulated_pc(tmp_path: Path) -> None:
             assert qemu.stdout.read(len(kvm_probe.EXPECTED_OUTPUT)) == kvm_probe.EXPECTED_OUTPUT
         finally:
             qemu.kill()
+
+
+@pytest.mark.parametrize(
+    ("value", "refusal"), [("Y", None), ("1", None), ("N", "nested=1"), ("0", "modprobe -r kvm_amd")]
+)
+def test_whether_kvm_nests_is_what_its_module_says(tmp_path: Path, value: str, refusal: str | None) -> None:
+    parameter = tmp_path / "kvm_amd/parameters/nested"
+    parameter.parent.mkdir(parents=True)
+    parameter.write_text(f"{value}\n")
+    said = kvm.nested_refusal(tmp_path)
+    assert said is None if refusal is None else refusal in str(said)
+
+
+def test_a_kvm_that_says_nothing_of_nesting_is_not_trusted_to(tmp_path: Path) -> None:
+    assert "does not say" in str(kvm.nested_refusal(tmp_path))

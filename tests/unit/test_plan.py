@@ -1,6 +1,7 @@
 """Choices that the user left to Polyvisor: hypervisor, mode, firmware, addresses."""
 
 from dataclasses import replace
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,43 @@ def test_a_derived_address_is_stable_unicast_and_local(vm: object, index: int) -
 
 def test_the_address_of_a_machine_never_changes_between_versions() -> None:
     assert derived_mac(ID, 0) == "52:54:00:5e:20:87"
+
+
+class TestPrivateNetworks:
+    def groups(self, place: str, *networks: str) -> list[str | None]:
+        nics = tuple(Nic(network=network) for network in networks)
+        return [card.group for card in build_boot(record(spec(nics=nics)), KERNEL, STORE, "tcg", place=place).nics]
+
+    def test_cards_of_one_network_meet_and_others_do_not(self) -> None:
+        first, second, third, user = self.groups("/home", "private:a", "private:a", "private:b", "user")
+        assert first == second != third
+        assert user is None
+        assert self.groups("/other", "private:a") != [first], "each home has networks of its own"
+
+    def test_frames_go_to_a_group_that_no_router_lets_out(self) -> None:
+        group, _, port = str(self.groups("/home", "private:a")[0]).partition(":")
+        assert ip_address(group) in ip_network("239.192.0.0/14")
+        assert 20000 <= int(port) < 32000
+
+
+class TestNested:
+    def capabilities(self, **missing: str) -> Capabilities:
+        kvm, tcg = (Accelerator(name=name, available=True, reason="works") for name in ("kvm", "tcg"))
+        return Capabilities(
+            driver="qemu",
+            version="7.2",
+            accelerators=(kvm, tcg),
+            modes=(),
+            missing={k.replace("_", "-"): v for k, v in missing.items()},
+        )
+
+    def test_kvm_runs_it_where_it_nests(self) -> None:
+        assert choose_accelerator(spec(cpu="nested"), self.capabilities()).name == "kvm"
+
+    def test_emulation_runs_it_elsewhere(self) -> None:
+        assert choose_accelerator(spec(cpu="nested"), self.capabilities(nested_kvm="is off")).name == "tcg"
+        assert choose_accelerator(spec(), self.capabilities(nested_kvm="is off")).name == "kvm"
+
+    def test_whoever_wants_kvm_hears_the_reason(self) -> None:
+        with pytest.raises(Unsupported, match="is off"):
+            choose_accelerator(spec(cpu="nested", hypervisor=Hypervisor.KVM), self.capabilities(nested_kvm="is off"))

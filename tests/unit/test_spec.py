@@ -148,6 +148,15 @@ def test_capitals_in_a_mac_address_are_refused_with_the_form_to_write() -> None:
     assert "52:54:00:12:34:56" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    "network", ["private", "private:", "private:A", "private:a b", "private:-", f"private:{'a' * 33}"]
+)
+def test_a_private_network_has_a_name(network: str) -> None:
+    with pytest.raises(InvalidInput, match=r"network: .* is not a network of this host"):
+        Nic(network=network)
+    assert Nic(network="private:a-1").network == "private:a-1"
+
+
 def test_networks_that_are_not_there() -> None:
     with pytest.raises(InvalidInput, match="network: 'bridge0': is not a network of this host"):
         Nic(network="bridge0")

@@ -16,6 +16,7 @@ from polyvisor.spec.vm import DeviceModel, Firmware
 
 # Places on the IDE controller of the machine `pc`; `q35` has two more, which nobody is to miss after a change of firmware.
 IDE_PLACES = 4
+_LOOPBACK = "127.0.0.1"
 
 
 def disk_argv(index: int, disk: BootDisk, devices: DeviceModel, firmware: Firmware) -> list[str]:
@@ -54,6 +55,11 @@ def nic_argv(index: int, nic: BootNic, devices: DeviceModel) -> list[str]:
     device = f"{model},mac={nic.mac},id=nic{index}-dev,romfile="
     if nic.network == "none":
         return ["-device", device]
+    if nic.group is not None:
+        return [
+            *("-netdev", f"socket,id=nic{index},mcast={nic.group},localaddr={_LOOPBACK}"),
+            *("-device", f"{device},netdev=nic{index}"),
+        ]
     forwards = "".join(f",hostfwd={hostfwd(forward)}" for forward in nic.forwards)
     # Each card on a subnet of its own, or the guest would answer by the wrong one; the first has slirp's usual 10.0.2.0.
     subnet = f",net=10.0.{index + 2}.0/24" if index else ""

@@ -21,7 +21,7 @@ from pathlib import Path
 from polyvisor.drivers.base import Boot, Command, Observed
 from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
 from polyvisor.drivers.qemu.devices import hostfwd
-from polyvisor.drivers.qemu.kvm import prove_kvm
+from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
 from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, connected
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, TimedOut, Unavailable, WrongState
@@ -90,11 +90,14 @@ class QemuDriver:
             find_uefi()
         except Unavailable as error:
             missing["uefi"] = f"{error.message}: {error.hint}"
+        kvm = prove_kvm()
+        if kvm.available and (refusal := nested_refusal()):
+            missing["nested-kvm"] = refusal
         return Capabilities(
             driver=self.name,
             version=qemu.version,
             accelerators=(
-                prove_kvm(),
+                kvm,
                 Accelerator(name="tcg", available=True, reason="emulation needs no hardware support"),
             ),
             modes=("pvh", "hvm"),

@@ -17,6 +17,7 @@ from polyvisor.status import Accelerator, Check, CheckResult
 
 DEVICE = Path("/dev/kvm")
 CPUINFO = Path("/proc/cpuinfo")
+MODULES = Path("/sys/module")
 
 # Documentation/virt/kvm/api.rst, 4.1: applications should refuse to run on any other version.
 _KVM_GET_API_VERSION = 0xAE00
@@ -42,6 +43,22 @@ def prove_kvm(device: Path = DEVICE, cpuinfo: Path = CPUINFO) -> Accelerator:
     verdict = _examine(device, cpuinfo)
     reason = f"{verdict.reason}; {verdict.remedy}" if verdict.remedy else verdict.reason
     return Accelerator(name="kvm", available=verdict.works, reason=reason)
+
+
+def nested_refusal(modules: Path = MODULES) -> str | None:
+    """Why guests under this host's KVM can't run guests of their own; None where they can.
+
+    The parameter `nested` of KVM's modules: Documentation/virt/kvm/x86/running-nested-guests.rst.
+    """
+    for module in _MODULES.values():
+        try:
+            value = (modules / module / "parameters" / "nested").read_text().strip()
+        except OSError:
+            continue
+        if value not in ("Y", "1"):
+            return f"nested virtualization is off here; run: {_sudo()}modprobe -r {module}; {_sudo()}modprobe {module} nested=1"
+        return None
+    return "KVM's module does not say whether it can nest"
 
 
 def check_kvm(device: Path = DEVICE, cpuinfo: Path = CPUINFO) -> Check:

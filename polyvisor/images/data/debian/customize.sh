@@ -24,4 +24,9 @@ grub-editenv /boot/grub/grubenv create
 grub-mkimage --format i386-pc --directory /usr/lib/grub/i386-pc --prefix /boot/grub --config "$here/boot/early.cfg" \
     --output /boot/core.img biosdisk part_gpt ext2 search_fs_uuid
 
+# What kinds of image beyond plain Debian add.
+for more in "$here"/boot/customize.d/*.sh; do
+    if [ -e "$more" ]; then sh "$more"; fi
+done
+
 rm -f /vmlinuz.old /initrd.img.old

@@ -1,0 +1,1 @@
+"""Xen, through its own toolstack `xl`."""
