@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -64,6 +64,10 @@ class Image:
     def size(self) -> int:
         """Bytes that the image occupies."""
         return sum(file.size for file in self.files)
+
+    def same_as(self, other: Image) -> bool:
+        """Whether they are one image, wherever and whenever each came into a store: `id` is derived from all the rest."""
+        return replace(self, id="", created_at=0.0) == replace(other, id="", created_at=0.0)
 
 
 def image_to_json(image: Image) -> str:

@@ -3,7 +3,8 @@
     fetch (an address) → copy (a file that others can change) → checksum → unpack → inspect → check → convert → store
 
 Everything up to `inspect` treats the file as bytes. `inspect` parses its headers and refuses what reaches outside the
-file; only then does qemu-img read it, with every driver named, into a new qcow2 file of ours. All of it happens in a
+file; only then does qemu-img read it, with every driver named, into a new qcow2 file of ours. An image that was exported
+by another Polyvisor is told by its content, and taken in as it is (`portable.py`). All of it happens in a
 staging directory that is gone if anything fails; a download stays, to be gone on with. See
 docs/design/untrusted-images.md.
 """
@@ -19,7 +20,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from polyvisor.errors import DownloadFailed, ImageRefused, InvalidInput, StorageFull
-from polyvisor.images import qemu_img, unpack
+from polyvisor.images import portable, qemu_img, unpack
 from polyvisor.images.checksum import Checksum, checksum_of, parse_checksum
 from polyvisor.images.download import held, is_url
 from polyvisor.images.formats import Compression, Disk, Format, Reader, compression_of, inspect, parse_format
@@ -33,20 +34,21 @@ from polyvisor.operation import Progress, Step, silent
 
 DISK = "disk.qcow2"
 _MIB = 1 << 20
+_MEMORY_MIB = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """What the image shall be called and be, and what its file must be."""
+    """What the image shall be called and be, and what its file must be; None where the user did not say."""
 
-    name: str
+    name: str | None
     source: str
     checksum: Checksum | None
     format: Format | None
     user: str | None
-    seed: Seed
+    seed: Seed | None
     os: str | None
-    memory_mib: int
+    memory_mib: int | None
 
 
 async def import_image(
@@ -54,25 +56,27 @@ async def import_image(
     cache: Path,
     source: str,
     *,
-    name: str,
+    name: str | None = None,
     checksum: str | None = None,
     format: str | None = None,  # noqa: A002 (as users call it)
     user: str | None = None,
-    seed: Seed = Seed.NOCLOUD,
+    seed: Seed | None = None,
     os: str | None = None,
-    memory_mib: int = 512,
+    memory_mib: int | None = None,
     progress: Progress = silent,
 ) -> Image:
     """Import the disk image at `source`, a path or an http, https or file address, as image `name`.
 
     `checksum` (`sha256:…`, `sha512:…` or the bare digits) is of the file as it is offered, compressed or not. `format` is
-    only needed for a raw disk without a boot signature. `user`, `seed`, `os` and `memory_mib` describe the image.
+    only needed for a raw disk without a boot signature. `user`, `seed` (by default NOCLOUD), `os` and `memory_mib` (by
+    default 512) describe the image. An exported image describes itself and has a name of its own: it is taken under that
+    where `name` is left out, unless another image here has that name (AlreadyExists).
 
     Raises InvalidInput, NotFound, NotPermitted, DownloadFailed (also for a wrong checksum), ImageRefused, StorageFull,
     Unavailable (no qemu-img). Whatever it raises, the store is as it was; a download that broke off is gone on with.
     """
     wanted = _Wanted(
-        name=check_image_name(name),
+        name=None if name is None else check_image_name(name),
         source=shown_url(source) if is_url(source) else str(local_path(source)),
         checksum=None if checksum is None else parse_checksum(checksum),
         format=None if format is None else parse_format(format),
@@ -81,8 +85,8 @@ async def import_image(
         os=os,
         memory_mib=memory_mib,
     )
-    qemu_img.program()  # rather than after a long download
     if is_url(source):
+        qemu_img.program()  # rather than after a long download
         return await _import_url(store, cache, source, wanted, progress)
     with unpack.open_source(local_path(source)) as file:
         return await _import_file(store, file, wanted, wanted.checksum, progress)
@@ -108,7 +112,7 @@ async def _import_url(store: ImageStore, cache: Path, url: str, wanted: _Wanted,
     started = time.time()
     async with held(url, cache, progress) as download:
         # Another command may have imported just this while we waited for it.
-        image = store.find(wanted.name)
+        image = None if wanted.name is None else store.find(wanted.name)
         if image is not None and image.source == wanted.source and image.created_at >= started:
             return image
         path = await download.fetch(checksum=wanted.checksum, progress=progress)
@@ -134,12 +138,45 @@ async def _import_file(
             await _verify(file, checksum, name, progress)
         if kind := compression_of(Reader(file, name)):
             file = files.enter_context(await _unpacked(file, kind, staging / "unpacked", name, progress))
+        exported = portable.is_exported(Reader(file, name))
+        _check_wanted(wanted, exported=exported)
+        if exported:
+            _remove_temporary(staging)  # it is open still, and its name may be that of one of the image's files
+            return await portable.take_in(store, staging, file, name, wanted.name, progress)
+        qemu_img.program()
         disk = await in_thread(lambda report: inspect(Reader(file, name), wanted.format), progress)
         await _convert(disk, file, staging, name, progress)
-        for temporary in ("copy", "unpacked"):
-            (staging / temporary).unlink(missing_ok=True)
+        _remove_temporary(staging)
         image = await _described(staging / DISK, wanted)
         return await in_thread(lambda report: store.add(staging, image, report), progress)
+
+
+def _remove_temporary(staging: Path) -> None:
+    for temporary in ("copy", "unpacked"):
+        (staging / temporary).unlink(missing_ok=True)
+
+
+def _check_wanted(wanted: _Wanted, *, exported: bool) -> None:
+    described = {"format": wanted.format, "user": wanted.user, "seed": wanted.seed, "memory": wanted.memory_mib}
+    check_options(wanted.source, exported=exported, name=wanted.name, **described)
+
+
+def check_options(source: str, *, exported: bool, name: str | None, **described: str | int | None) -> None:
+    """Raise InvalidInput where a disk image has no name, or an exported one, which describes itself, is described anew."""
+    if not exported and name is None:
+        raise InvalidInput("name", None, f"is needed: {_display_name(source)} has no name of its own", hint="add --name NAME")
+    for key, value in described.items():
+        if exported and value is not None:
+            problem = f"{_display_name(source)} is an exported image, which describes itself"
+            raise InvalidInput(key, value, problem, hint=f"leave out --{key}")
+
+
+def check_before_upload(path: Path, name: str | None, **described: str | int | None) -> None:
+    """Raise InvalidInput, as `import_image` would in the end, for what can be told without unpacking the file at `path`."""
+    with unpack.open_source(path) as file:
+        reader = Reader(file, path.name)
+        if compression_of(reader) is None:
+            check_options(str(path), exported=portable.is_exported(reader), name=name, **described)
 
 
 def _display_name(source: str) -> str:
@@ -192,6 +229,7 @@ async def _convert(disk: Disk, file: BinaryIO, staging: Path, name: str, progres
 
 async def _described(path: Path, wanted: _Wanted) -> Image:
     """The image's description; a last look at our own file makes sure that it stands alone."""
+    assert wanted.name is not None  # noqa: S101 (checked before)
     found = await qemu_img.info(path)
     if found["format"] != "qcow2" or "backing-filename" in found or "full-backing-filename" in found:
         raise ImageRefused(f"{wanted.source}: the converted disk does not stand alone")
@@ -205,7 +243,7 @@ async def _described(path: Path, wanted: _Wanted) -> Image:
             disk=ImageFile(name=DISK, sha256="", size=0),
             disk_size_mib=guest.size // _MIB,
             firmware=firmware_of(guest.read),
-            seed=wanted.seed,
+            seed=Seed.NOCLOUD if wanted.seed is None else wanted.seed,
             user=wanted.user,
-            memory_mib=wanted.memory_mib,
+            memory_mib=_MEMORY_MIB if wanted.memory_mib is None else wanted.memory_mib,
         )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from polyvisor.errors import InvalidInput, NotFound, PolyvisorError, WrongState
+from polyvisor.errors import ImageRefused, InvalidInput, NotFound, PolyvisorError, WrongState
 from polyvisor.files import make_directory, storage_errors, sync_directory, translated, write_atomic
 from polyvisor.images.image import Image, ImageFile, image_from_json, image_to_json
 from polyvisor.operation import Progress, Step, silent
@@ -123,7 +123,8 @@ class ImageStore:
     def add(self, staging: Path, image: Image, progress: Progress = silent) -> Image:
         """Put what is in `staging` into the store under `image.name` and return it with its id, sizes and checksums.
 
-        `image` names the files; their `sha256` and `size`, and the `id`, are computed here.
+        `image` names the files; their `sha256` and `size`, and the `id`, are computed here. Where it says a `sha256`
+        already, the file must have it: raises ImageRefused.
         """
         with storage_errors(f"storing image '{image.name}'"):
             image = _completed(staging, image, progress)
@@ -236,7 +237,12 @@ def _measured(staging: Path, file: ImageFile | None, progress: Progress) -> Imag
     if file is None:
         return None
     path = staging / file.name
-    return replace(file, size=path.stat().st_size, sha256=sha256_of(path, progress))
+    found = sha256_of(path, progress)
+    if file.sha256 not in ("", found):
+        raise ImageRefused(
+            f"{file.name}: its sha256 is {found}, not {file.sha256}", hint="it was damaged on its way: get it again"
+        )
+    return replace(file, size=path.stat().st_size, sha256=found)
 
 
 def sha256_of(path: Path, progress: Progress = silent) -> str:

@@ -1,4 +1,4 @@
-"""The members of a tar archive, for appliances (OVA), read without unpacking anything.
+"""The members of a tar archive, for appliances (OVA) and exported images, read without unpacking anything.
 
 Source: POSIX.1-1988 ustar, which the OVF specification (DMTF DSP0243, section 6.4) asks for, and GNU's base-256
 sizes. A header of 512 bytes, then the data, padded to 512. The standard library's tarfile reads extended headers of
@@ -31,30 +31,33 @@ class Member:
     size: int
 
 
-def members(reader: Reader) -> list[Member]:
-    """The files in the archive, in order; raises ImageRefused for all that is not a plain file with a plain name."""
+_REPACK = "an appliance is a flat archive of one .ovf and its disks: tar --format=ustar -cf NEW.ova NAME.ovf DISK.vmdk"
+
+
+def members(reader: Reader, *, remedy: str = _REPACK) -> list[Member]:
+    """The files in the archive, in order; raises ImageRefused for all that is not a plain file with a plain name.
+
+    `remedy` is what its hint says then.
+    """
     found: dict[str, Member] = {}
     position = 0
     while (block := reader.at(position, SECTOR, "archive")) != bytes(SECTOR):
         member = _member(reader, block, position + SECTOR)
         kind = block[156:157]
         if kind in (b"x", b"g"):
-            _check_extended(reader, member)
+            _check_extended(reader, member, remedy)
         elif kind not in (b"0", b"\0"):
-            reader.refuse(f"it contains '{member.name}', which is not a plain file", hint=_REPACK)
+            reader.refuse(f"it contains '{member.name}', which is not a plain file", hint=remedy)
         elif not _PLAIN.match(member.name) or member.name in found:
-            reader.refuse(f"it contains a file with an unsafe name, {ascii(member.name)[:80]}", hint=_REPACK)
+            reader.refuse(f"it contains a file with an unsafe name, {ascii(member.name)[:80]}", hint=remedy)
         else:
             found[member.name] = member
         if len(found) > _MAX_MEMBERS or position > reader.size:
-            reader.refuse(f"it has more than {_MAX_MEMBERS} files", hint=_REPACK)
+            reader.refuse(f"it has more than {_MAX_MEMBERS} files", hint=remedy)
         position = member.offset + -(-member.size // SECTOR) * SECTOR
         if position == reader.size:  # some tools leave out the two empty blocks at the end
             break
     return list(found.values())
-
-
-_REPACK = "an appliance is a flat archive of one .ovf and its disks: tar --format=ustar -cf NEW.ova NAME.ovf DISK.vmdk"
 
 
 def _member(reader: Reader, block: bytes, offset: int) -> Member:
@@ -80,7 +83,7 @@ def _number(reader: Reader, field: bytes) -> int:
     return int(text, 8)
 
 
-def _check_extended(reader: Reader, member: Member) -> None:
+def _check_extended(reader: Reader, member: Member, remedy: str) -> None:
     """Extended headers may tell times and owners, but not other paths, links or sizes."""
     if member.size > _MAX_EXTENDED:
         reader.corrupt("an archive header of absurd size")
@@ -88,5 +91,5 @@ def _check_extended(reader: Reader, member: Member) -> None:
     while data:
         length = re.match(rb"(\d{1,6}) ", data)
         if not length or not int(length[1]) or int(length[1]) > len(data) or not _HARMLESS_RECORD.match(data):
-            reader.refuse("its archive headers rename or resize files", hint=_REPACK)
+            reader.refuse("its archive headers rename or resize files", hint=remedy)
         data = data[int(length[1]) :]
