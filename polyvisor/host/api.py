@@ -11,7 +11,7 @@ holds the VM for longer than they wait.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -171,9 +171,15 @@ class HostApi(Protocol):
         """Build image `kind` (tiny, debian) from Debian's packages."""
 
     async def image_import(
-        self, source: str, *, name: str, progress: Progress = silent, **options: str | int | None
+        self, source: str, *, name: str | None = None, progress: Progress = silent, **options: str | int | None
     ) -> Image:
-        """Take in a disk image from a file of this host or an http(s) URL; raises ImageRefused, DownloadFailed."""
+        """Take in a disk image, or one that was exported, from a file of this machine or an http(s) URL.
+
+        An exported one may go without `name`. Raises ImageRefused, DownloadFailed, AlreadyExists.
+        """
+
+    def image_export(self, name: str) -> AsyncGenerator[bytes]:
+        """Image `name` as one file, in chunks; in all as many bytes as `images.portable.exported_size` says."""
 
     async def image_remove(self, name: str) -> None:
         """Delete an image; raises WrongState where a VM stands on it."""

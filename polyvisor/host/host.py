@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -416,8 +416,15 @@ class Host:
     async def image_build(self, kind: str, progress: Progress = silent, **options: Any) -> Image:
         return await self.images.build(kind, progress, **options)
 
-    async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
+    async def image_import(
+        self, source: str, *, name: str | None = None, progress: Progress = silent, **options: Any
+    ) -> Image:
         return await self.images.import_(source, progress, name=name, **options)
+
+    async def image_export(self, name: str) -> AsyncGenerator[bytes]:
+        with contextlib.closing(self.images.export(name)) as chunks:
+            for chunk in chunks:
+                yield chunk
 
     async def image_remove(self, name: str) -> None:
         self.images.remove(name, self._users_of)

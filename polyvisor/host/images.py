@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 from polyvisor.errors import InvalidInput, NotFound
 from polyvisor.home import Home
@@ -96,18 +96,17 @@ class Images:
         source: str,
         progress: Progress = silent,
         *,
-        name: str,
+        name: str | None = None,
         checksum: str | None = None,
         format: str | None = None,  # noqa: A002
         user: str | None = None,
-        seed: str = "nocloud",
-        memory_mib: int = 512,
+        seed: str | None = None,
+        memory_mib: int | None = None,
     ) -> Image:
-        """Take in a disk image; see `importer.import_image`."""
+        """Take in a disk image, or an exported one; see `importer.import_image`."""
         from polyvisor.images.importer import import_image
 
         self.home.prepare()
-        check_image_name(name)
         return await import_image(
             self.store,
             self.home.cache,
@@ -116,10 +115,16 @@ class Images:
             checksum=checksum,
             format=format,
             user=user,
-            seed=Seed(seed),
+            seed=None if seed is None else Seed(seed),
             memory_mib=memory_mib,
             progress=progress,
         )
+
+    def export(self, name: str) -> Generator[bytes]:
+        """Image `name` as one file, in chunks; see `portable.exported`."""
+        from polyvisor.images.portable import exported
+
+        return exported(self.store, self.store.get(name))
 
     def remove(self, name: str, users: Callable[[Image], list[str]]) -> None:
         self.store.remove(name, users)

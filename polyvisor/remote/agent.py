@@ -14,7 +14,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, BinaryIO
 
 from polyvisor import __version__
@@ -202,7 +202,7 @@ def main(words: list[str]) -> int:
 
 
 async def stream(raw: dict[str, Any]) -> None:
-    """Carry bytes over stdin and stdout: `console`, `log`, `events` (a line each), or an `upload`, by `raw["kind"]`.
+    """Carry bytes over stdin and stdout, by `raw["kind"]`: `console`, `log`, `events` (a line each), `image_export`, `upload`.
 
     The first line says that it begins, or what is wrong.
     """
@@ -218,9 +218,12 @@ async def stream(raw: dict[str, Any]) -> None:
         if kind == "console":
             await _console(host, str(raw["name"]), begin, out)
         elif kind == "log":
-            await _log(host, raw, begin, out)
+            chunks = host.log(str(raw["name"]), hypervisor=bool(raw["hypervisor"]), follow=bool(raw["follow"]))
+            await _chunks(chunks, begin, out)
         elif kind == "events":
             await _events(host, tuple(map(str, raw["names"])), begin, out)
+        elif kind == "image_export":
+            await _chunks(host.image_export(str(raw["name"])), begin, out)
         elif kind == "upload":
             uploads = Uploads(host.home.cache / "uploads")
             begin({"result": None})
@@ -257,9 +260,7 @@ async def _console(host: HostApi, name: str, begin: Any, out: BinaryIO) -> None:
         writer.close()
 
 
-async def _log(host: HostApi, raw: dict[str, Any], begin: Any, out: BinaryIO) -> None:
-    chunks = host.log(str(raw["name"]), hypervisor=bool(raw["hypervisor"]), follow=bool(raw["follow"]))
-
+async def _chunks(chunks: AsyncIterator[bytes], begin: Any, out: BinaryIO) -> None:
     async def show() -> None:
         first = await anext(chunks, b"")
         begin({"result": None})

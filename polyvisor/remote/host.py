@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import NoneType
@@ -299,14 +299,38 @@ class RemoteHost:
     async def image_build(self, kind: str, progress: Progress = silent, **options: Any) -> Image:
         return await self._call(Image, "image_build", progress, kind=kind, **options)
 
-    async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
+    async def image_import(
+        self, source: str, *, name: str | None = None, progress: Progress = silent, **options: Any
+    ) -> Image:
         from polyvisor.images.download import is_url
-        from polyvisor.images.importer import local_path
+        from polyvisor.images.importer import check_before_upload, local_path
 
         if not is_url(source):
             path = local_path(source)
+            described = {key.removesuffix("_mib"): value for key, value in options.items() if key != "checksum"}
+            check_before_upload(path, name, **described)
             source = await self._again("image_import", lambda _: self._upload(path, progress), progress)
         return await self._call(Image, "image_import", progress, source=source, name=name, **options)
+
+    async def image_export(self, name: str) -> AsyncGenerator[bytes]:
+        async with self._stream("image_export", name=name) as stream:
+            while chunk := await stream.reader.read(_CHUNK):
+                yield chunk
+            await stream.check_end()
+
+    async def image_receive(
+        self, chunks: Callable[[], AsyncGenerator[bytes]], size: int, *, name: str, progress: Progress = silent
+    ) -> Image:
+        """Take in, as image `name`, an exported image of `size` bytes as it comes.
+
+        `chunks` gives it from its beginning, and is asked again where the connection is lost on the way.
+        """
+
+        async def send(_: Connection) -> str:
+            return await self._send(f"{name}.tar", size, chunks(), progress)
+
+        source = await self._again("image_import", send, progress)
+        return await self._call(Image, "image_import", progress, source=source, name=name)
 
     async def image_remove(self, name: str) -> None:
         await self._call(NoneType, "image_remove", name=name)
@@ -315,16 +339,27 @@ class RemoteHost:
         """Carry a file to the host; returns the word that stands for it there, until it is imported."""
         from polyvisor.images.unpack import open_source
 
+        with open_source(path) as file:
+
+            async def chunks() -> AsyncGenerator[bytes]:
+                while chunk := file.read(_CHUNK):
+                    yield chunk
+
+            return await self._send(path.name, os.fstat(file.fileno()).st_size, chunks(), progress)
+
+    async def _send(self, name: str, size: int, chunks: AsyncGenerator[bytes], progress: Progress) -> str:
+        """Carry `size` bytes to the host, as a file called `name`; returns the word that stands for it there."""
         async with AsyncExitStack() as stack:
-            file = stack.enter_context(open_source(path))
-            size = os.fstat(file.fileno()).st_size
+            stack.push_async_callback(chunks.aclose)
             try:
-                stream = await stack.enter_async_context(self._stream("upload", name=path.name, size=size))
+                stream = await stack.enter_async_context(self._stream("upload", name=name, size=size))
+                done = 0
                 with contextlib.suppress(ConnectionError):  # a host that takes no more says why
-                    while chunk := file.read(_CHUNK):
+                    async for chunk in chunks:
                         stream.writer.write(chunk)
                         await stream.writer.drain()
-                        progress(Step("uploading", file.tell(), size, "B"))
+                        done += len(chunk)
+                        progress(Step("uploading", done, size, "B"))
                 return str(await stream.result())
             except StorageFull:
                 raise

@@ -29,7 +29,7 @@ FAILED = -32000  # the verb raised a PolyvisorError, which `data` describes
 MAX_LINE = 64 << 20
 
 # These give bytes or events without end, and have a connection of their own.
-STREAMS = ("console", "log", "events")
+STREAMS = ("console", "log", "events", "image_export")
 # These change nothing, so a call may be sent again without a key.
 LOOKS = (
     "status",

@@ -57,7 +57,9 @@ class Odd(Host):
         self.ended.append(name)
         return []
 
-    async def image_import(self, source: str, *, name: str, progress: Progress = silent, **options: Any) -> Image:
+    async def image_import(
+        self, source: str, *, name: str | None = None, progress: Progress = silent, **options: Any
+    ) -> Image:
         if "://" not in source:
             self.imported.append(Path(source).read_bytes())
         raise NotFound(f"asked for {source}")

@@ -28,11 +28,15 @@ from polyvisor.errors import (
 )
 from polyvisor.home import Home
 from polyvisor.host.host import Host
+from polyvisor.images.portable import exported_size
+from polyvisor.images.store import ImageStore
 from polyvisor.operation import Step
 from polyvisor.remote import host as module
 from polyvisor.remote.host import RemoteHost
+from polyvisor.remote.transfer import copy_image, export_image
 from tests.sshd import Server, serving
 from tests.unit.disks import MIB, raw_disk
+from tests.unit.exported import add_direct, add_full, archive
 
 Made = Callable[..., RemoteHost]
 
@@ -347,6 +351,86 @@ class TestUploads:
         assert "reconnecting" not in {step.phase for step in steps}
         assert files(there.cache / "uploads") == []
         await host.close()
+
+
+class TestImages:
+    """From one host to another, and into files."""
+
+    async def test_an_image_is_sent_once_and_as_it_is_read(self, client: Made, there: Home, tmp_path: Path) -> None:
+        source, host = Host(tmp_path / "source"), client()
+        image = add_full(source.images.store, tmp_path)
+        steps: list[Step] = []
+        copied = await copy_image(source, "full", host, steps.append)
+        assert copied.same_as(image)
+        assert [stored.image for stored in await Host(there).image_list()] == [copied]
+        size = exported_size(image)
+        assert [step for step in steps if step.phase == "uploading"][-1] == Step("uploading", size, size, "B")
+        assert files(there.cache / "uploads") == []
+        assert files(source.home.cache) == []
+        steps.clear()
+        assert await copy_image(source, "full", host, steps.append) == copied
+        assert steps == []
+        await host.close()
+
+    async def test_one_whose_connection_breaks_is_begun_again(self, client: Made, there: Home, tmp_path: Path) -> None:
+        source, host = Host(tmp_path / "source"), client()
+        image = add_direct(source.images.store, kernel=os.urandom(16 * MIB))
+        steps: list[Step] = []
+
+        def cut(step: Step) -> None:
+            if step.phase == "uploading" and not steps:
+                for stream in host._streams:
+                    stream.process.kill()
+            steps.append(step)
+
+        assert (await copy_image(source, "direct", host, cut)).same_as(image)
+        assert "reconnecting" in {step.phase for step in steps}
+        await host.close()
+        await until(lambda: not files(there.cache / "uploads"))
+
+    async def test_they_come_here_from_there_and_go_from_there_elsewhere(
+        self, client: Made, there: Home, tmp_path: Path
+    ) -> None:
+        store = ImageStore(there.images)
+        image = add_direct(store)
+        host, third = client(), client(home=str(tmp_path / "third"))
+        assert await export_image(host, "direct", tmp_path / "x.tar") == image
+        assert (tmp_path / "x.tar").read_bytes() == archive(store, image)
+        assert (await copy_image(host, "direct", third)).same_as(image)
+        assert (await copy_image(host, "direct", Host(tmp_path / "home"))).same_as(image)
+        # And from a file of this machine: its own name, or another.
+        assert (await third.image_import(str(tmp_path / "x.tar"))).same_as(image)
+        assert (await third.image_import(str(tmp_path / "x.tar"), name="other")).name == "other"
+        with pytest.raises(NotFound):
+            await export_image(host, "nothing", tmp_path / "y.tar")
+        assert not (tmp_path / "y.tar").exists()
+        for api in (host, third):
+            await api.close()
+
+    async def test_one_that_breaks_off_on_its_way_here_leaves_nothing(
+        self, client: Made, there: Home, tmp_path: Path
+    ) -> None:
+        add_direct(ImageStore(there.images), kernel=os.urandom(16 * MIB))
+        host = client()
+
+        def cut(step: Step) -> None:
+            for stream in host._streams:
+                stream.process.kill()
+
+        (tmp_path / "out").mkdir()
+        with pytest.raises(ConnectionLost):
+            await export_image(host, "direct", tmp_path / "out" / "x.tar", cut)
+        assert files(tmp_path / "out") == []
+        await host.close()
+
+    async def test_what_would_be_refused_there_is_not_sent(self, client: Made, tmp_path: Path) -> None:
+        host = client(url="ssh://nobody@127.0.0.1:1")
+        store = ImageStore(tmp_path / "source")
+        (tmp_path / "x.tar").write_bytes(archive(store, add_direct(store)))
+        with pytest.raises(InvalidInput, match="describes itself"):
+            await host.image_import(str(tmp_path / "x.tar"), user="root")
+        with pytest.raises(InvalidInput, match="no name of its own"):
+            await host.image_import(str(raw_disk(tmp_path / "disk.raw")))
 
 
 # A host that greets as it should and then answers every call with what it was told to.
