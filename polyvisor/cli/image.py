@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+from pathlib import Path
+from typing import Any
 
 from polyvisor.cli.context import Context
 from polyvisor.cli.progress import human_size
@@ -16,7 +18,9 @@ from polyvisor.images.image import Image, Seed
 def add_image(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_build(verbs.add_parser("build", help="build an image from Debian's packages, without root"))
-    _add_import(verbs.add_parser("import", help="take in a disk image from a file or a URL"))
+    _add_import(verbs.add_parser("import", help="take in a disk image, or an exported image, from a file or a URL"))
+    _add_export(verbs.add_parser("export", help="write an image into one file"))
+    _add_copy(verbs.add_parser("copy", help="send an image to another host"))
     sub = verbs.add_parser("ls", aliases=["list"], help="list images")
     sub.add_argument("-a", "--all", action="store_true", help="also those that can be built or fetched")
     sub.set_defaults(action=_ls)
@@ -45,21 +49,34 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="PATH|URL", help="qcow2, raw, vmdk, vhd, vhdx, vdi or ova, also compressed")
-    parser.add_argument("--name", required=True, help="name of the image")
+    parser.add_argument(
+        "source", metavar="PATH|URL", help="qcow2, raw, vmdk, vhd, vhdx, vdi, ova or an exported image, also compressed"
+    )
+    parser.add_argument("--name", help="name of the image; an exported one has its own")
     parser.add_argument("--checksum", metavar="SHA256", help="refuse the file unless it has this checksum")
     parser.add_argument("--format", help="take the file for this format, where its content does not tell")
     parser.add_argument("--user", help="whom to log in to the guest as")
     parser.add_argument(
         "--seed",
         choices=[Seed.NOCLOUD.value, Seed.NONE.value],
-        default=Seed.NOCLOUD.value,
-        help="has it cloud-init or not",
+        help="has it cloud-init or not (default: nocloud)",
     )
-    parser.add_argument(
-        "--memory", metavar="SIZE", default="512M", help="what VMs get that don't ask (default: %(default)s)"
-    )
+    parser.add_argument("--memory", metavar="SIZE", help="what VMs get that don't ask (default: 512M)")
     parser.set_defaults(action=_import)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="IMAGE")
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write (default: IMAGE.polyvisor.tar)")
+    parser.add_argument("-f", "--force", action="store_true", help="replace a file that is there")
+    parser.set_defaults(action=_export)
+
+
+def _add_copy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="IMAGE")
+    parser.add_argument("--to", metavar="HOST", required=True, help="the host that gets it (polyvisor host ls)")
+    parser.add_argument("--name", dest="new_name", metavar="NAME", help="what it is called there (default: as here)")
+    parser.set_defaults(action=_copy)
 
 
 def _build(context: Context, options: argparse.Namespace) -> int:
@@ -74,12 +91,43 @@ def _build(context: Context, options: argparse.Namespace) -> int:
 def _import(context: Context, options: argparse.Namespace) -> int:
     from polyvisor.cli.spec_flags import size_mib
 
-    given = {key: getattr(options, key) for key in ("name", "checksum", "format", "user", "seed")}
-    amount = size_mib(options.memory, "memory")
-    image = context.run(
-        context.host.image_import(options.source, progress=context.progress, memory_mib=amount, **given)
-    )
+    given: dict[str, Any] = {key: getattr(options, key) for key in ("name", "checksum", "format", "user", "seed")}
+    if options.memory is not None:
+        given["memory_mib"] = size_mib(options.memory, "memory")
+    image = context.run(context.host.image_import(options.source, progress=context.progress, **given))
     return _announce(context, image)
+
+
+def _export(context: Context, options: argparse.Namespace) -> int:
+    from polyvisor.images.portable import SUFFIX
+    from polyvisor.images.store import check_image_name
+    from polyvisor.remote.transfer import export_image
+
+    path = Path(options.output or f"{check_image_name(options.name)}{SUFFIX}")
+    image = context.run(export_image(context.host, options.name, path, context.progress, replacing=options.force))
+    if context.json:
+        context.print_json({"file": str(path.absolute()), "size": path.stat().st_size, "image": image})
+    context.say(f"image {image.name} ({image.id}) is in {path}, {human_size(path.stat().st_size)}")
+    return 0
+
+
+def _copy(context: Context, options: argparse.Namespace) -> int:
+    from polyvisor.cli.remote import named_host
+    from polyvisor.remote.transfer import copy_image
+
+    target = named_host(options.to)
+
+    async def work() -> Image:
+        try:
+            return await copy_image(context.host, options.name, target, context.progress, new_name=options.new_name)
+        finally:
+            await target.close()
+
+    image = context.run(work())
+    if context.json:
+        context.print_json(image)
+    context.say(f"image {image.name} ({image.id}) is on {options.to}: polyvisor --host {options.to} run {image.name}")
+    return 0
 
 
 def _pull(context: Context, options: argparse.Namespace) -> int:

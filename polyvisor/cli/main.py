@@ -44,7 +44,7 @@ VERBS = {
     "cp": ("ssh", "copy files between this machine and a guest"),
     "forward": ("forward", "list, add and remove port forwards"),
     "events": ("show", "follow changes of VMs"),
-    "image": ("image", "images: build, import, list, show, rm"),
+    "image": ("image", "images: build, import, export, copy, list, show, rm"),
     "host": ("host", "hosts: add, list, show, check, rm; alone: show this one"),
     "doctor": ("host", "check what works here and how to mend the rest"),
     "completion": ("complete", "print the shell's completion script"),
