@@ -24,12 +24,16 @@ from polyvisor.errors import (
     Unavailable,
 )
 from polyvisor.home import Home
+from polyvisor.host.host import Host
 from polyvisor.host.store import VMStore
+from polyvisor.images.image import Image
 from polyvisor.process import run
 from polyvisor.remote.address import Entry
 from polyvisor.remote.connection import Connection
 from polyvisor.remote.host import RemoteHost
+from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import VMSpec
+from polyvisor.ssh import execute
 from tests.sshd import Server, free_port, serving
 
 
@@ -199,6 +203,50 @@ async def test_a_file_of_this_machine_is_imported_there(entry: Entry, client: Ho
         key = "00000000-0000-0000-0000-000000000001"
         await connection.call("image_import", {"source": "/etc/passwd", "name": "x"}, key=key)
     await host.close()
+
+
+async def test_an_image_that_was_copied_there_runs_there(
+    host: Host, entry: Entry, client: Home, tiny: Image, tmp_path: Path
+) -> None:
+    """From this machine's store to the host's, which has none: it is the same image, and a guest boots from it."""
+    there = RemoteHost(entry, client)
+    try:
+        copied = await copy_image(host, "tiny", there)
+        assert copied.same_as(tiny)
+        assert copied.id == tiny.id
+        await there.run(VMSpec(name="copied", image="tiny"))
+        done = await execute(there, "copied", ["cat", "/etc/hostname"])
+        assert done.stdout.strip() == "copied"
+        await there.remove("copied", force=True)
+    finally:
+        await there.close()
+
+
+def test_images_by_the_command_line(sshd: Server, home: Home, empty_home: Home, tiny: Image, tmp_path: Path) -> None:
+    environment = {**os.environ, "POLYVISOR_HOME": str(tmp_path / "client")}
+    environment.pop("POLYVISOR_HOST", None)
+
+    def polyvisor(*words: str) -> str:
+        argv = [str(Path(sys.executable).with_name("polyvisor")), *words]
+        done = subprocess.run(
+            argv, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    login = ["--identity", str(sshd.identity), "--known-hosts", str(sshd.known_hosts)]
+    url = sshd.entry().url
+    polyvisor("host", "add", "one", url, *login, "--home", str(home.path))
+    polyvisor("host", "add", "two", url, *login, "--home", str(tmp_path / "two"))
+    assert "tiny.polyvisor.tar" in polyvisor("--host", "one", "image", "export", "tiny")
+    taken = json.loads(polyvisor("image", "import", "tiny.polyvisor.tar", "--json"))
+    assert taken["id"] == tiny.id
+    said = polyvisor("--host", "one", "image", "copy", "tiny", "--to", "two")
+    assert said == f"image tiny ({tiny.id}) is on two: polyvisor --host two run tiny\n"
+    copied = json.loads(polyvisor("image", "copy", "tiny", "--to", "two", "--name", "again", "--json"))
+    assert copied["name"] == "again"
+    listed = json.loads(polyvisor("--host", "two", "image", "ls", "--json"))
+    assert [image["name"] for image in listed] == ["again", "tiny"]
 
 
 def test_the_command_line(sshd: Server, empty_home: Home, tmp_path: Path) -> None:
