@@ -164,7 +164,9 @@ def _check_wanted(wanted: _Wanted, *, exported: bool) -> None:
 def check_options(source: str, *, exported: bool, name: str | None, **described: str | int | None) -> None:
     """Raise InvalidInput where a disk image has no name, or an exported one, which describes itself, is described anew."""
     if not exported and name is None:
-        raise InvalidInput("name", None, f"is needed: {_display_name(source)} has no name of its own", hint="add --name NAME")
+        raise InvalidInput(
+            "name", None, f"is needed: {_display_name(source)} has no name of its own", hint="add --name NAME"
+        )
     for key, value in described.items():
         if exported and value is not None:
             problem = f"{_display_name(source)} is an exported image, which describes itself"

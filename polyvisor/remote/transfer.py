@@ -49,10 +49,11 @@ async def copy_image(
 ) -> Image:
     """Copy image `name` of host `source` to host `target`, there called `new_name` if that is given; returns it as it is there.
 
-    Nothing is sent where the name leads to the very same image already. Raises NotFound, StorageFull, ConnectionLost.
+    Nothing is sent where the name leads to the very same image already; where it leads to another, that one stays under its
+    id. Raises NotFound, InvalidInput, StorageFull, ConnectionLost.
     """
     image = (await source.image_show(name)).image
-    wanted = replace(image, name=image.name if new_name is None else check_image_name(new_name))
+    wanted = replace(image, name=check_image_name(image.name if new_name is None else new_name))
     with contextlib.suppress(NotFound):
         if (there := (await target.image_show(wanted.name)).image).same_as(wanted):
             return there

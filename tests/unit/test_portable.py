@@ -31,6 +31,7 @@ from tests.unit.disks import MIB, patched, raw_disk, tar, tar_header
 from tests.unit.disks import qemu_img as run_qemu_img
 from tests.unit.exported import KERNEL, add_direct, add_full, archive, packed, parts
 from tests.unit.specs import QUICK
+from tests.unit.webserver import serving
 
 Files = dict[str, bytes]
 Manifest = dict[str, Any]
@@ -216,6 +217,24 @@ async def test_a_disk_image_needs_a_name(store: ImageStore, tmp_path: Path) -> N
     check_before_upload(disk, "x", user="root")
     (tmp_path / "disk.raw.gz").write_bytes(gzip.compress(b"who knows?"))
     check_before_upload(tmp_path / "disk.raw.gz", None)
+
+
+async def test_it_may_lie_on_a_web_server(
+    origin: ImageStore, store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    image = add_direct(origin)
+    cache = tmp_path / "cache"
+    with serving() as site:
+        assert (await import_image(store, cache, site.add("/x", archive(origin, image)))).same_as(image)
+        assert [path for path in cache.rglob("*") if path.is_file()] == []
+        url = site.add("/disk.raw", raw_disk(tmp_path / "raw").read_bytes())
+        with pytest.raises(InvalidInput, match=r"disk\.raw has no name"):
+            await import_image(store, cache, url)
+        assert (await import_image(store, cache, url, name="disk")).name == "disk"
+        # What was fetched is not fetched again.
+        assert [request.headers.get("If-None-Match") for request in site.requests[1:]] == [None, '"v1"']
 
 
 # What is refused: the manifest

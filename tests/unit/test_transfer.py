@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from polyvisor.cli.main import run
 from polyvisor.errors import AlreadyExists, ConnectionLost, InvalidInput, NotFound, PolyvisorError
 from polyvisor.home import Home
+from polyvisor.host.api import StoredImage
 from polyvisor.host.host import Host
 from polyvisor.images.image import Image
 from polyvisor.operation import Step
@@ -164,6 +166,18 @@ async def test_its_name_leads_to_it_afterwards(source: Counting, target: Countin
     await copy_image(source, old.id, target)
     assert (await target.image_show("direct")).image.id == old.id
     assert {one.image.id for one in await target.image_list()} == {old.id, new.id}
+
+
+async def test_a_name_that_a_host_makes_up_leads_nowhere(source: Counting, target: Counting, tmp_path: Path) -> None:
+    image = add_direct(source.images.store)
+
+    async def lie(name: str) -> StoredImage:
+        return StoredImage(image=replace(image, name="../../x"), directory="", current=True)
+
+    source.image_show = lie  # type: ignore[method-assign]
+    with pytest.raises(InvalidInput, match="not an image name"):
+        await copy_image(source, "direct", target)
+    assert source.asked == []
 
 
 # The command line
