@@ -17,6 +17,7 @@ class VMState(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     STOPPED = "stopped"
+    SAVED = "saved"
     CRASHED = "crashed"
     UNRESPONSIVE = "unresponsive"
 
@@ -53,6 +54,15 @@ class VMStatus:
     @property
     def running(self) -> bool:
         return self.state is VMState.RUNNING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The memory and devices of a VM on disk: since `at`, in seconds since the epoch; `paused` where `start` leaves it so."""
+
+    at: float
+    size_bytes: int
+    paused: bool
 
 
 @dataclass(frozen=True, kw_only=True)

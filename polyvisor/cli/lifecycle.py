@@ -1,4 +1,4 @@
-"""`start`, `stop`, `kill`, `reboot`, `pause`, `resume`, `rm`: the life of VMs. Each takes several names, or --all."""
+"""`start`, `stop`, `kill`, `reboot`, `pause`, `resume`, `save`, `rm`: the life of VMs. Each takes several names, or --all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Verb = Callable[[str], Awaitable[VMStatus | None]]
 
 def add_start(parser: argparse.ArgumentParser) -> None:
     _names(parser)
+    parser.add_argument("--fresh", action="store_true", help="boot, and throw away what was saved")
     wait_flags(parser)
     parser.set_defaults(action=_start)
 
@@ -57,6 +58,13 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=lambda c, o: each(c, o, c.host.resume))
 
 
+def add_save(parser: argparse.ArgumentParser) -> None:
+    _names(parser, "every VM of this host that is alive")
+    parser.set_defaults(
+        action=lambda c, o: each(c, o, lambda n: c.host.save(n, c.progress), among=lambda status: status.state.alive)
+    )
+
+
 def add_rm(parser: argparse.ArgumentParser) -> None:
     _names(parser)
     parser.add_argument(
@@ -74,15 +82,27 @@ async def show_command(context: Context, name: str) -> None:
             print(one_line(line), file=sys.stderr)
 
 
-def each(context: Context, options: argparse.Namespace, verb: Verb) -> int:
-    """Do `verb` to every VM named, whatever becomes of the others; the status is that of the first failure."""
+def each(
+    context: Context, options: argparse.Namespace, verb: Verb, *, among: Callable[[VMStatus], bool] | None = None
+) -> int:
+    """Do `verb` to every VM named, whatever becomes of the others; the status is that of the first failure.
+
+    With --all these are all VMs, or those `among` them that the verb is for.
+    """
     if not options.names and not options.all:
         raise InvalidInput("NAME", "", "no VM is named", hint="name some, or use --all")
     statuses: list[VMStatus] = []
 
+    async def named() -> list[str]:
+        if not options.all:
+            return list(options.names)
+        if among is None:
+            return await context.host.names()
+        return [status.name for status in await context.host.vms() if among(status)]
+
     async def work() -> int:
         failed = 0
-        for name in await context.host.names() if options.all else options.names:
+        for name in await named():
             try:
                 status = await verb(name)
             except PolyvisorError as error:
@@ -103,7 +123,7 @@ def each(context: Context, options: argparse.Namespace, verb: Verb) -> int:
 
 def _start(context: Context, options: argparse.Namespace) -> int:
     async def start(name: str) -> VMStatus:
-        status = await context.host.start(name, context.progress)
+        status = await context.host.start(name, context.progress, fresh=options.fresh)
         await show_command(context, name)
         if options.wait:
             await context.host.wait_for_ssh(name, timeout_s=options.timeout, progress=context.progress)
@@ -126,9 +146,9 @@ def _rm(context: Context, options: argparse.Namespace) -> int:
     return each(context, options, remove)
 
 
-def _names(parser: argparse.ArgumentParser) -> None:
+def _names(parser: argparse.ArgumentParser, every: str = "every VM of this host") -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--all", action="store_true", help="every VM of this host")
+    parser.add_argument("--all", action="store_true", help=every)
 
 
 def _timeout(parser: argparse.ArgumentParser, about: str) -> None:

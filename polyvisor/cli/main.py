@@ -36,6 +36,7 @@ VERBS = {
     "reboot": ("lifecycle", "let VMs shut down and boot again"),
     "pause": ("lifecycle", "stop the vCPUs of VMs"),
     "resume": ("lifecycle", "let paused VMs go on"),
+    "save": ("lifecycle", "write the memory of VMs to disk and end them, until they are started"),
     "rm": ("lifecycle", "delete VMs and their disks"),
     "console": ("console", "attach to the serial console"),
     "logs": ("console", "print what the serial console has said"),

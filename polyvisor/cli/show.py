@@ -12,7 +12,7 @@ from polyvisor.errors import NotFound, one_line
 from polyvisor.host.api import Details
 from polyvisor.spec.vm import Nic, check_name
 from polyvisor.ssh import READY_S
-from polyvisor.status import VMState, VMStatus
+from polyvisor.status import Saved, VMState, VMStatus
 
 
 def wait_flags(parser: argparse.ArgumentParser) -> None:
@@ -131,9 +131,17 @@ def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
         ("created", f"{age(status.created_at)} ago"),
         ("up", age(status.started_at) or "-"),
         ("pid", str(status.pid or "-")),
+        *_saved_lines(details.saved),
         ("directory", details.directory),
     ]
     return [*lines, ("command", shlex.join(details.argv or ()))] if debug else lines
+
+
+def _saved_lines(saved: Saved | None) -> list[tuple[str, str]]:
+    if saved is None:
+        return []
+    paused = ", paused" if saved.paused else ""
+    return [("saved", f"{age(saved.at)} ago{paused}, {memory(max(1, saved.size_bytes >> 20))} on disk")]
 
 
 def _zip(details: Details) -> list[tuple[Nic, str]]:

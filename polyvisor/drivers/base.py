@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from polyvisor.host.record import Launch
 from polyvisor.host.store import VMDirectory
+from polyvisor.operation import Progress
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import DeviceModel, Firmware, Mode, OnReboot
 from polyvisor.status import Capabilities, VMState
@@ -115,6 +117,26 @@ class Driver(Protocol):
 
     async def resume(self, vm: VMDirectory) -> None:
         """Let the guest's vCPUs go on."""
+
+    async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
+        """Stop the vCPUs and write memory and devices to `file`, open for writing; the VM stays, and can be resumed.
+
+        Returns what `restore_command` needs to make the very same machine later. Raises WrongState, Unsupported, StorageFull.
+        """
+
+    async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
+        """The command that starts a VM which was saved while it ran as in `launch`; raises CannotStart, Unavailable.
+
+        `machine` is what `save` returned; ports of the host are those of `nics`.
+        """
+
+    async def restore(
+        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+    ) -> Observed:
+        """Run a `restore_command` as `start` does, and read what `save` wrote from `file`; the vCPUs stand still.
+
+        Raises CannotStart.
+        """
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         """Open a port of the host to the guest while the VM runs; raises InvalidInput where it is taken."""

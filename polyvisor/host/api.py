@@ -20,7 +20,7 @@ from polyvisor.images.image import Image
 from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, VMStatus
+from polyvisor.status import Check, Event, HostStatus, Saved, VMStatus
 
 STOP_TIMEOUT_S = 60.0
 
@@ -43,7 +43,7 @@ class SSHTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """One VM in full: its status, its spec, and the command that runs it (None before the first start)."""
+    """One VM in full: its status, its spec, the command that runs it (None before the first start), what is saved of it."""
 
     status: VMStatus
     spec: VMSpec
@@ -51,6 +51,7 @@ class Details:
     hypervisor_reason: str | None
     argv: tuple[str, ...] | None
     directory: str
+    saved: Saved | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,18 @@ class HostApi(Protocol):
     async def show(self, name: str) -> Details:
         """One VM in full."""
 
-    async def start(self, name: str, progress: Progress = silent) -> VMStatus:
-        """Start a VM; raises CannotStart, with the hypervisor's last words."""
+    async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> VMStatus:
+        """Start a VM, one that is saved from where it was; raises CannotStart, with the hypervisor's last words.
+
+        With `fresh` what is saved is thrown away, and the VM boots.
+        """
+
+    async def save(self, name: str, progress: Progress = silent) -> VMStatus:
+        """Write memory and devices of a VM to disk and end its process; `start` lets it go on from there.
+
+        A VM that is saved already stays so. Where it fails, with StorageFull or Unsupported say, the VM goes on as before.
+        Raises WrongState for a VM that is not alive.
+        """
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         """Press the power button; a VM that is still there after `timeout_s` seconds is killed."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from polyvisor.drivers.base import Driver, Observed
 from polyvisor.drivers.qemu.driver import QemuDriver
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
+from polyvisor.files import storage_errors
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
@@ -28,7 +29,9 @@ from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward, parse_forward
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, VMState, VMStatus
+from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, Saved, VMState, VMStatus
+
+T = TypeVar("T")
 
 _PORT_TRIES = 3
 _POLL_S = 0.1
@@ -80,7 +83,7 @@ class Host:
         async with self.store.locked(spec.name, "run") as vm, AsyncExitStack() as undo:
             if await self._create(vm, spec, image, new):
                 undo.push_async_callback(self._discard, vm)
-            status = await self._start(vm)
+            status = await self._start(vm, progress)
             undo.pop_all()
         return status
 
@@ -137,30 +140,78 @@ class Host:
 
     # Starting and stopping
 
-    async def start(self, name: str, progress: Progress = silent) -> VMStatus:
+    async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> VMStatus:
         async with self._locked(name, "start") as vm:
-            return await self._start(vm)
+            return await self._start(vm, progress, fresh=fresh)
 
-    async def _start(self, vm: VMDirectory) -> VMStatus:
+    async def _start(self, vm: VMDirectory, progress: Progress, *, fresh: bool = False) -> VMStatus:
         from polyvisor.host import prepare
         from polyvisor.host.plan import choose_accelerator, explain_choice
 
-        if vm.alive():
+        if await self._is_started(vm):
             return await self._status(vm)
+        if vm.is_saved() and not fresh:
+            return await self._restore(vm, progress)
+        self._let_run(vm)
         record = vm.record
         image = self.images.store.by_id(record.image_id)
         capabilities = await self.capabilities()
         chosen = choose_accelerator(record.spec, capabilities)
         await prepare.refresh(vm, record, image, self.images.store, self.home.keys)
-        for attempt in range(1, _PORT_TRIES + 1):
-            try:
-                observed = await self._launch(vm, record, image, chosen, explain_choice(chosen, capabilities))
-                break
-            except PolyvisorError as error:
-                # Someone took a port between our look and QEMU's: look for another one.
-                if attempt == _PORT_TRIES or "host forwarding" not in error.message:
-                    raise
+        reason = explain_choice(chosen, capabilities)
+        observed = await _with_free_ports(lambda: self._launch(vm, record, image, chosen, reason))
         return self._status_of(vm, observed)
+
+    async def _is_started(self, vm: VMDirectory) -> bool:
+        """Whether the VM is alive; a restore of it that was cut off is finished, or undone where memory is missing still."""
+        if not vm.alive():
+            return False
+        if vm.is_restoring():
+            from polyvisor.host import saved
+
+            if vm.is_saved():
+                await self.driver.kill(vm)
+                return False
+            await saved.finish(vm, self.driver)
+        return True
+
+    async def _restore(self, vm: VMDirectory, progress: Progress) -> VMStatus:
+        from polyvisor.host import prepare, saved
+        from polyvisor.host.plan import boot_nics
+
+        with storage_errors(f"shortening the console log of VM '{vm.name}'"):
+            prepare.shorten_log(vm.console_log)
+
+        async def restore() -> None:
+            nics = boot_nics(vm.record, vm.launch())
+            await saved.restore(vm, self.driver, nics, vm.record.user, progress)
+
+        await _with_free_ports(restore)
+        return await self._status(vm)
+
+    async def save(self, name: str, progress: Progress = silent) -> VMStatus:
+        from polyvisor.host import saved
+
+        if reason := (await self.capabilities()).missing.get("save"):
+            raise Unsupported(f"VM '{name}' can't be saved: {reason}")
+        async with self._locked(name, "save") as vm:
+            await saved.save(vm, self.driver, progress)
+            return await self._status(vm)
+
+    def _let_run(self, vm: VMDirectory) -> None:
+        """Whatever lets vCPUs run calls this before: memory that was saved would not fit the disks any more."""
+        if vm.saved.exists():
+            from polyvisor.host.saved import drop
+
+            drop(vm)
+
+    async def _end(self, vm: VMDirectory) -> None:
+        """End a VM now; one that is saved stays so."""
+        await self.driver.kill(vm)
+        if vm.saved.exists():
+            from polyvisor.host.saved import tidy
+
+            tidy(vm)
 
     async def _launch(
         self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str
@@ -199,16 +250,18 @@ class Host:
         began = time.monotonic()
         if vm.alive() and timeout_s > 0:
             observed = await self.driver.inspect(vm)
-            if observed.state in (VMState.PAUSED, VMState.RUNNING):
+            restoring = vm.is_saved() and vm.is_restoring()
+            if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
                 await self._press_power_button(vm, observed.state)
                 while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
                     progress(Step("shutting down", int(waited), int(timeout_s), "s"))
                     await asyncio.sleep(_POLL_S)
-        await self.driver.kill(vm)
+        await self._end(vm)
 
     async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:
         try:
             if state is VMState.PAUSED:
+                self._let_run(vm)
                 await self.driver.resume(vm)
             await self.driver.shutdown(vm)
         except PolyvisorError:
@@ -218,27 +271,30 @@ class Host:
 
     async def kill(self, name: str) -> VMStatus:
         async with self._locked(name, "kill") as vm:
-            await self.driver.kill(vm)
+            await self._end(vm)
             return await self._status(vm)
 
     async def reboot(
         self, name: str, *, force: bool = False, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent
     ) -> VMStatus:
         async with self._locked(name, "reboot") as vm:
-            await self._require_alive(vm, "reboot")
+            await self._require_whole(vm, "reboot")
+            self._let_run(vm)
             progress(Step("rebooting"))
             await (self.driver.reset(vm) if force else self.driver.reboot(vm, timeout_s))
             return await self._status(vm)
 
     async def pause(self, name: str) -> VMStatus:
         async with self._locked(name, "pause") as vm:
-            await self._require_alive(vm, "pause")
+            await self._require_whole(vm, "pause")
+            self._let_run(vm)
             await self.driver.pause(vm)
             return await self._status(vm)
 
     async def resume(self, name: str) -> VMStatus:
         async with self._locked(name, "resume") as vm:
-            await self._require_alive(vm, "resume")
+            await self._require_whole(vm, "resume")
+            self._let_run(vm)
             await self.driver.resume(vm)
             return await self._status(vm)
 
@@ -259,15 +315,21 @@ class Host:
         from polyvisor.host.plan import derived_mac
 
         vm = self.store.get(name)
-        record, launch = vm.record, vm.launch()
+        record, launch, status = vm.record, vm.launch(), await self._status(vm)
         return Details(
-            status=await self._status(vm),
+            status=status,
             spec=record.spec,
             mac_addresses=tuple(nic.mac or derived_mac(record.id, i) for i, nic in enumerate(record.spec.nics)),
             hypervisor_reason=launch.reason if launch else None,
             argv=launch.argv if launch else None,
             directory=str(vm.path),
+            saved=self._saved(vm) if status.state is VMState.SAVED else None,
         )
+
+    def _saved(self, vm: VMDirectory) -> Saved | None:
+        from polyvisor.host.saved import describe
+
+        return describe(vm)
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
         from polyvisor.host.watch import changes
@@ -304,6 +366,8 @@ class Host:
     def _status_of(self, vm: VMDirectory, observed: Observed) -> VMStatus:
         record, launch = vm.record, vm.launch()
         alive = observed.state.alive
+        if observed.state is not VMState.RUNNING:
+            observed = _with_saved(vm, observed)
         return VMStatus(
             name=vm.name,
             id=record.id,
@@ -447,7 +511,40 @@ class Host:
     async def _require_alive(self, vm: VMDirectory, verb: str) -> None:
         state = (await self.driver.inspect(vm)).state
         if not state.alive:
+            state = VMState.SAVED if vm.is_saved() else state
             raise WrongState(f"VM '{vm.name}' is {state}: it can't {verb}", hint=f"polyvisor start {vm.name}")
+
+    async def _require_whole(self, vm: VMDirectory, verb: str) -> None:
+        """Raise WrongState for a VM that is not alive, or whose process may not have all of its memory yet."""
+        await self._require_alive(vm, verb)
+        if vm.is_saved() and vm.is_restoring():
+            from polyvisor.host.saved import still_restoring
+
+            raise still_restoring(vm)
+
+
+def _with_saved(vm: VMDirectory, observed: Observed) -> Observed:
+    """What was `observed` of a VM that does not run, and what its directory says of its memory."""
+    if not observed.state.alive:
+        return Observed(state=VMState.SAVED) if vm.is_saved() else observed
+    if vm.is_saved() and vm.is_restoring():
+        reason = f"its memory is being read; if that was cut off: polyvisor start {vm.name}"
+        return replace(observed, state=VMState.PAUSED, reason=reason)
+    if observed.state is VMState.PAUSED and vm.saved.exists():
+        reason = f"its memory is being saved; if that was cut off: polyvisor resume {vm.name}, or save again"
+        return replace(observed, reason=reason)
+    return observed
+
+
+async def _with_free_ports(launch: Callable[[], Awaitable[T]]) -> T:
+    """What `launch` returns, which chooses ports of the host; where somebody takes one before it is used, it is done again."""
+    for attempt in range(1, _PORT_TRIES + 1):
+        try:
+            return await launch()
+        except PolyvisorError as error:
+            if attempt == _PORT_TRIES or "host forwarding" not in error.message:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _user_nic(spec: VMSpec) -> int:

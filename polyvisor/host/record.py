@@ -56,7 +56,7 @@ def record_to_json(record: Record) -> str:
 
 def record_from_json(text: str | bytes) -> Record:
     """The record that `record_to_json` wrote; raises ValueError or InvalidInput for anything else."""
-    return structure(_checked(text), Record)
+    return structure(checked(text), Record)
 
 
 def launch_to_json(launch: Launch) -> str:
@@ -65,7 +65,7 @@ def launch_to_json(launch: Launch) -> str:
 
 def launch_from_json(text: str | bytes) -> Launch:
     """The launch record that `launch_to_json` wrote; raises ValueError or InvalidInput for anything else."""
-    return structure(_checked(text), Launch)
+    return structure(checked(text), Launch)
 
 
 def new_id() -> str:
@@ -84,7 +84,8 @@ def boot_id() -> str:
 _RECORD_KEYS = ("id", "created_at", "image_id", "memory_mib", "user")
 
 
-def _checked(text: str | bytes) -> dict[str, Any]:
+def checked(text: str | bytes) -> dict[str, Any]:
+    """The members of a file of ours, which is JSON and says its format; raises ValueError."""
     try:
         raw = json.loads(text)
     except RecursionError as error:

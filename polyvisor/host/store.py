@@ -4,6 +4,7 @@
     <vms>/<name>/launch.json   the launch record of the last start
     <vms>/<name>/alive         locked by the hypervisor's process for as long as that lives
     <vms>/<name>/qemu.log      what the hypervisor's process said
+    <vms>/<name>/saved/        memory and devices of a VM that was saved
     <vms>/<name>/disks/        disks and UEFI variables
     <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
 
@@ -32,6 +33,7 @@ from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_js
 from polyvisor.spec.vm import check_name
 
 ALIVE = "alive"
+SAVED = "saved"
 LOCK_PATIENCE_S = 30.0
 _POLL_S = 0.02
 
@@ -76,7 +78,7 @@ class VMDirectory:
         except OSError as error:
             raise translated(error, f"reading VM '{self.name}'") from error
         except (ValueError, InvalidInput) as error:
-            raise self._unreadable("vm.json", error) from error
+            raise self.unreadable("vm.json", error) from error
 
     def launch(self) -> Launch | None:
         """How it was last started, or None before the first start."""
@@ -87,7 +89,7 @@ class VMDirectory:
         except OSError as error:
             raise translated(error, f"reading VM '{self.name}'") from error
         except (ValueError, InvalidInput) as error:
-            raise self._unreadable("launch.json", error) from error
+            raise self.unreadable("launch.json", error) from error
 
     def write_record(self, record: Record) -> None:
         with storage_errors("writing the VM's record"):
@@ -105,7 +107,21 @@ class VMDirectory:
         """
         return is_flocked(f"{self.path}/{ALIVE}")
 
-    def _unreadable(self, file: str, error: Exception) -> PolyvisorError:
+    @property
+    def saved(self) -> Path:
+        """Where a saved VM's memory lies; also while that is written or read. See `saved.py`."""
+        return self.path / SAVED
+
+    def is_saved(self) -> bool:
+        """Whether memory and devices lie there whole. This counts for a VM that is not alive."""
+        return os.path.exists(f"{self.path}/{SAVED}/memory")  # noqa: PTH110 - quicker, for long lists
+
+    def is_restoring(self) -> bool:
+        """Whether its process, if it is alive, was started to read what was saved, and may not have all of it yet."""
+        return os.path.exists(f"{self.path}/{SAVED}/restoring")  # noqa: PTH110
+
+    def unreadable(self, file: str, error: Exception) -> PolyvisorError:
+        """The error for a file of this directory that makes no sense."""
         return PolyvisorError(
             f"VM '{self.name}': {self.path / file} can't be understood: {error}",
             hint=f"mend the file, or remove the VM: polyvisor rm --force {self.name}",

@@ -207,8 +207,11 @@ class RemoteHost:
     async def show(self, name: str) -> Details:
         return await self._call(Details, "show", name=name)
 
-    async def start(self, name: str, progress: Progress = silent) -> VMStatus:
-        return await self._call(VMStatus, "start", progress, name=name)
+    async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> VMStatus:
+        return await self._call(VMStatus, "start", progress, name=name, fresh=fresh)
+
+    async def save(self, name: str, progress: Progress = silent) -> VMStatus:
+        return await self._call(VMStatus, "save", progress, name=name)
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         return await self._call(VMStatus, "stop", progress, name=name, timeout_s=float(timeout_s))

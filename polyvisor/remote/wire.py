@@ -44,7 +44,18 @@ LOOKS = (
     "image_catalogue",
 )
 # These do nothing more when they are done again; of the others nobody knows after half of them was done.
-REPEATABLE = ("start", "stop", "kill", "pause", "resume", "image_build", "image_import", "image_pull", "add_forward")
+REPEATABLE = (
+    "start",
+    "save",
+    "stop",
+    "kill",
+    "pause",
+    "resume",
+    "image_build",
+    "image_import",
+    "image_pull",
+    "add_forward",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

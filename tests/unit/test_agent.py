@@ -43,7 +43,7 @@ class Odd(Host):
     async def vms(self) -> Any:
         return await self._wait("vms")
 
-    async def start(self, name: str, progress: Progress = silent) -> Any:
+    async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> Any:
         progress(Step("starting", 1, 2))
         return await self._wait(name)
 

@@ -29,6 +29,7 @@ EXAMPLES = {
     "reboot": "reboot a --force",
     "pause": "pause a",
     "resume": "resume a",
+    "save": "save a",
     "rm": "rm -f a",
     "console": "console a",
     "logs": "logs -f a --hypervisor",

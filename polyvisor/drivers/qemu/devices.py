@@ -55,15 +55,17 @@ def nic_argv(index: int, nic: BootNic, devices: DeviceModel) -> list[str]:
     device = f"{model},mac={nic.mac},id=nic{index}-dev,romfile="
     if nic.network == "none":
         return ["-device", device]
+    return ["-netdev", netdev(index, nic), "-device", f"{device},netdev=nic{index}"]
+
+
+def netdev(index: int, nic: BootNic) -> str:
+    """What card `index` is plugged into: a private network, or its user network with the ports of the host that lead there."""
     if nic.group is not None:
-        return [
-            *("-netdev", f"socket,id=nic{index},mcast={nic.group},localaddr={_LOOPBACK}"),
-            *("-device", f"{device},netdev=nic{index}"),
-        ]
+        return f"socket,id=nic{index},mcast={nic.group},localaddr={_LOOPBACK}"
     forwards = "".join(f",hostfwd={hostfwd(forward)}" for forward in nic.forwards)
     # Each card on a subnet of its own, or the guest would answer by the wrong one; the first has slirp's usual 10.0.2.0.
     subnet = f",net=10.0.{index + 2}.0/24" if index else ""
-    return ["-netdev", f"user,id=nic{index}{subnet}{forwards}", "-device", f"{device},netdev=nic{index}"]
+    return f"user,id=nic{index}{subnet}{forwards}"
 
 
 def display_argv(devices: DeviceModel) -> list[str]:

@@ -18,16 +18,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from polyvisor.drivers.base import Boot, Command, Observed
+from polyvisor.drivers.base import Boot, BootNic, Command, Observed
 from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
 from polyvisor.drivers.qemu.devices import hostfwd
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
-from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, connected
+from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi, version_numbers
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, TimedOut, Unavailable, WrongState
 from polyvisor.files import storage_errors
-from polyvisor.host.record import boot_id
+from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
+from polyvisor.operation import Progress
 from polyvisor.process import spawn_detached
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Firmware
@@ -48,6 +49,11 @@ _STATES = {
     "suspended": VMState.PAUSED,
     "io-error": VMState.PAUSED,
     "shutdown": VMState.PAUSED,
+    "inmigrate": VMState.PAUSED,
+    "finish-migrate": VMState.PAUSED,
+    "postmigrate": VMState.PAUSED,
+    "save-vm": VMState.PAUSED,
+    "restore-vm": VMState.PAUSED,
     "guest-panicked": VMState.CRASHED,
     "internal-error": VMState.CRASHED,
 }
@@ -83,7 +89,11 @@ class QemuDriver:
             reason = f"{error.message}: {error.hint}"
             absent = tuple(Accelerator(name=name, available=False, reason=reason) for name in ("kvm", "tcg"))
             return Capabilities(
-                driver=self.name, version=None, accelerators=absent, modes=(), missing={"start": reason}
+                driver=self.name,
+                version=None,
+                accelerators=absent,
+                modes=(),
+                missing={"start": reason, "save": reason},
             )
         missing = {"pv": "paravirtualized guests need Xen"}
         try:
@@ -115,19 +125,53 @@ class QemuDriver:
 
         As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
         """
+        async with self._started(vm, command, user) as (pid, _):
+            return Observed(state=VMState.RUNNING, pid=pid)
+
+    @contextlib.asynccontextmanager
+    async def _started(self, vm: VMDirectory, command: Command, user: int | None) -> AsyncIterator[tuple[int, Monitor]]:
+        """The process and monitor of a new QEMU; where the block fails QEMU is ended, and CannotStart has its last words."""
         with storage_errors(f"starting VM '{vm.name}'"):
             for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
                 (vm.path / leftover).unlink(missing_ok=True)
             process = _spawn(vm, command.argv, user)
         try:
-            async with connected(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None):
-                return Observed(state=VMState.RUNNING, pid=process.pid)
-        except (QMPLost, TimedOut) as error:
+            async with connected(
+                vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
+            ) as monitor:
+                yield process.pid, monitor
+        except (QMPLost, QMPRefused, TimedOut) as error:
             _end(process)
             raise CannotStart(_last_words(vm) or error.message, hint=_start_hint(vm)) from error
         except BaseException:
             _end(process)
             raise
+
+    async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
+        from polyvisor.drivers.qemu.migration import write_memory
+
+        try:
+            async with self._monitor(vm) as monitor:
+                return await write_memory(monitor, file, progress)
+        except QMPLost as error:
+            raise PolyvisorError(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+
+    async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
+        from polyvisor.drivers.qemu.migration import restoring_argv
+
+        qemu = await self.qemu()
+        if qemu.numbers < version_numbers(launch.version):
+            raise CannotStart(f"it was saved by QEMU {launch.version}, and this host's is older: {qemu.version}")
+        return Command(argv=qemu.renewed(restoring_argv(launch.argv, machine, nics)), version=qemu.version)
+
+    async def restore(
+        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+    ) -> Observed:
+        from polyvisor.drivers.qemu.migration import read_memory
+
+        async with self._started(vm, command, user) as (pid, monitor):
+            await read_memory(monitor, file, os.fstat(file).st_size, progress)
+        return Observed(state=VMState.PAUSED, pid=pid)
 
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now: by its lock whether it lives, by QMP whether it runs."""
@@ -192,7 +236,10 @@ class QemuDriver:
             await monitor.execute("stop")
 
     async def resume(self, vm: VMDirectory) -> None:
+        from polyvisor.drivers.qemu.migration import end_migration
+
         async with self._monitor(vm) as monitor:
+            await end_migration(monitor)
             if await monitor.run_state() == "suspended":
                 await monitor.execute("system_wakeup")
             await monitor.execute("cont")

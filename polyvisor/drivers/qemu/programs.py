@@ -54,6 +54,11 @@ class Qemu:
             return tuple(argv)
         return ("/usr/bin/env", f"QEMU_MODULE_DIR={modules}", argv[0], "-L", str(data), *argv[1:])
 
+    def renewed(self, argv: Sequence[str]) -> tuple[str, ...]:
+        """`argv`, which some QEMU's `complete` gave, for this QEMU."""
+        options = argv[5:] if argv[0] == "/usr/bin/env" else argv[1:]
+        return self.complete((self.binary, *options))
+
 
 def version_numbers(version: str) -> tuple[int, ...]:
     """``7.2.22 (Debian …)`` → (7, 2, 22)."""

@@ -40,21 +40,31 @@ class Monitor:
 
     def __init__(self, client: QMPClient, timeout_s: float) -> None:
         self._client = client
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and return its answer; raises QMPRefused, QMPLost, TimedOut."""
         from qemu.qmp import ExecuteError, QMPError
 
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self.timeout_s):
                 return await self._client.execute(command, arguments or None)
         except TimeoutError as error:
-            raise TimedOut(f"QEMU did not answer {command} within {self._timeout_s:g} s") from error
+            raise TimedOut(f"QEMU did not answer {command} within {self.timeout_s:g} s") from error
         except ExecuteError as error:
             raise QMPRefused(f"QEMU refused {command}: {error}") from error
         except (QMPError, OSError, EOFError) as error:
             raise QMPLost(f"the connection to QEMU ended during {command}") from error
+
+    async def execute_with(self, file: int, command: str, **arguments: Any) -> Any:
+        """Run a command that takes an open file, which QEMU gets along with it; raises as `execute` does."""
+        from qemu.qmp import QMPError
+
+        try:
+            self._client.send_fd_scm(file)
+        except (QMPError, OSError) as error:
+            raise QMPLost(f"the connection to QEMU ended before {command}") from error
+        return await self.execute(command, **arguments)
 
     async def human(self, line: str) -> str:
         """Run a command of the human monitor, for what QMP lacks; returns what it printed, which is empty on success."""

@@ -1,0 +1,147 @@
+"""A guest's memory and devices, written to a file and read back, by QEMU's own migration.
+
+QEMU runs as a user that may open nothing, so it gets the open file. How it is named then depends on the version: before 9.1 as
+`fd:NAME`, which QEMU 11 takes for sockets alone, since then as a `file:` in a set of descriptors.
+Commands: https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html (migrate, migrate-incoming, query-migrate).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from polyvisor.drivers.base import BootNic
+from polyvisor.drivers.qemu.devices import netdev
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused
+from polyvisor.errors import PolyvisorError, StorageFull, TimedOut, Unsupported, WrongState
+from polyvisor.operation import Progress, Step
+
+# QEMU answers nothing while it reads, nor while it empties its caches; a disk may be slow.
+PATIENCE_S = 900.0
+_POLL_S = 0.02
+_NAME = "memory"
+_SET = 5  # the number of our set of descriptors; nothing else here uses any
+_FILE_IN_SET = (9, 1)
+_UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
+# In these run states the vCPUs stand still until they are told to go on, in the others a guest may wake by itself.
+_SAVABLE = ("running", "paused", "io-error", "postmigrate")
+_INCOMING = ("-S", "-incoming", "defer")
+
+
+async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
+    """Stop the vCPUs and write all that the guest is to `file`, open for writing; returns the machine's versioned type.
+
+    Raises Unsupported, WrongState, StorageFull, PolyvisorError; the vCPUs stand still in any case.
+    """
+    monitor.timeout_s = PATIENCE_S
+    await end_migration(monitor)
+    await _stop(monitor)
+    machine = str(await monitor.execute("qom-get", path="/machine", property="type"))
+    await monitor.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+    try:
+        async with _handed_over(monitor, file) as uri:
+            await monitor.execute("migrate", uri=uri)
+            await _written(monitor, progress)
+    except BaseException:
+        with contextlib.suppress(PolyvisorError):
+            await end_migration(monitor)
+        raise
+    return machine.removesuffix("-machine")
+
+
+async def _stop(monitor: Monitor) -> None:
+    """Let the vCPUs stand still; raises WrongState, Unsupported where this guest can't be saved."""
+    state = await monitor.run_state()
+    if state not in _SAVABLE:
+        raise WrongState(f"its guest is in the state '{state}'", hint="let it go on first: polyvisor resume")
+    status = await monitor.execute("query-migrate")
+    if reasons := status.get("blocked-reasons"):
+        raise Unsupported(f"QEMU can't save this guest: {reasons[0]}")
+    if state == "postmigrate":  # QEMU writes a guest once; only vCPUs that have been let go on make it write again
+        await monitor.execute("cont")
+    await monitor.execute("stop")
+
+
+async def _written(monitor: Monitor, progress: Progress) -> None:
+    while (status := await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+        if ram := status.get("ram"):
+            progress(Step("saving", ram["total"] - ram["remaining"], ram["total"], "B"))
+        await asyncio.sleep(_POLL_S)
+    if status.get("status") == "completed":
+        return
+    said = str(status.get("error-desc") or f"it ended as '{status.get('status')}'")
+    if any(os.strerror(number) in said for number in (28, 122)):  # ENOSPC, EDQUOT
+        raise StorageFull("the disk is full", hint="free some space: polyvisor image ls; polyvisor ls")
+    raise PolyvisorError(f"QEMU could not write its memory: {said}")
+
+
+async def read_memory(monitor: Monitor, file: int, size: int, progress: Progress) -> None:
+    """Let a QEMU that was started with the arguments of `restoring_argv` read what `write_memory` wrote, `size` bytes.
+
+    The vCPUs stand still afterwards. Raises QMPLost where QEMU does not understand it and ends, QMPRefused, TimedOut.
+    """
+    monitor.timeout_s = PATIENCE_S
+    async with _handed_over(monitor, file) as uri:
+        await monitor.execute("migrate-incoming", uri=uri)
+        status = None
+        while status in (None, *_UNDER_WAY):
+            status = await _asked_while_reading(monitor, file, size, progress)
+            await asyncio.sleep(_POLL_S)
+    if status != "completed":
+        raise QMPRefused(f"QEMU could not read its memory: it ended as '{status}'")
+
+
+async def _asked_while_reading(monitor: Monitor, file: int, size: int, progress: Progress) -> Any:
+    """The status; QEMU may answer late, and its place in the file, which is ours too, tells meanwhile how far it is."""
+    asked = asyncio.ensure_future(monitor.execute("query-migrate"))
+    try:
+        while not (await asyncio.wait({asked}, timeout=_POLL_S))[0]:
+            progress(Step("restoring", min(os.lseek(file, 0, os.SEEK_CUR), size), size, "B"))
+        return (await asked).get("status")
+    finally:
+        asked.cancel()
+
+
+async def end_migration(monitor: Monitor) -> None:
+    """Let no migration be under way: one that a command left which was killed would stop the vCPUs at its end."""
+    while (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+        await monitor.execute("migrate_cancel")
+        await asyncio.sleep(_POLL_S)
+
+
+@contextlib.asynccontextmanager
+async def _handed_over(monitor: Monitor, file: int) -> AsyncIterator[str]:
+    """Give QEMU the open file, and the URI by which it knows it there."""
+    version = (await monitor.execute("query-version"))["qemu"]
+    if (version["major"], version["minor"]) < _FILE_IN_SET:
+        await monitor.execute_with(file, "getfd", fdname=_NAME)
+        yield f"fd:{_NAME}"
+        return
+    await monitor.execute_with(file, "add-fd", **{"fdset-id": _SET})
+    try:
+        yield f"file:/dev/fdset/{_SET}"
+    finally:
+        with contextlib.suppress(QMPLost, QMPRefused, TimedOut):
+            await monitor.execute("remove-fd", **{"fdset-id": _SET})
+
+
+def restoring_argv(argv: Sequence[str], machine: str, nics: Sequence[BootNic]) -> list[str]:
+    """The arguments `argv` that the VM was last started with, for a QEMU that waits for its memory.
+
+    Devices must be those of then; so is the machine, as `machine` (`pc` alone may be another one with every version).
+    Ports of the host are those of `nics`.
+    """
+    words = list(argv)
+    for own in _INCOMING:  # where it was restored before
+        if own in words:
+            words.remove(own)
+    for i in range(len(words) - 1, 0, -1):
+        option, value = words[i - 1], words[i]
+        if option == "-machine" and not value.startswith("pflash"):
+            words[i] = ",".join([machine, *value.split(",")[1:]])
+        if option == "-netdev":
+            words[i] = next((netdev(n, nic) for n, nic in enumerate(nics) if f"id=nic{n}" in value.split(",")), value)
+    return [*words, *_INCOMING]
