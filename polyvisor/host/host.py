@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from polyvisor.drivers.base import Driver, Observed
 from polyvisor.drivers.qemu.driver import QemuDriver
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
-from polyvisor.files import storage_errors
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
@@ -27,13 +26,10 @@ from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import VMDirectory, VMStore
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
-from polyvisor.spec.forward import Forward, parse_forward
+from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, Saved, VMState, VMStatus
+from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, VMState, VMStatus
 
-T = TypeVar("T")
-
-_PORT_TRIES = 3
 _POLL_S = 0.1
 
 
@@ -147,11 +143,15 @@ class Host:
     async def _start(self, vm: VMDirectory, progress: Progress, *, fresh: bool = False) -> VMStatus:
         from polyvisor.host import prepare
         from polyvisor.host.plan import choose_accelerator, explain_choice
+        from polyvisor.network.ports import with_free_ports
 
         if await self._is_started(vm):
             return await self._status(vm)
         if vm.is_saved() and not fresh:
-            return await self._restore(vm, progress)
+            from polyvisor.host import saved
+
+            await saved.restore(vm, self.driver, progress)
+            return await self._status(vm)
         self._let_run(vm)
         record = vm.record
         image = self.images.store.by_id(record.image_id)
@@ -159,7 +159,7 @@ class Host:
         chosen = choose_accelerator(record.spec, capabilities)
         await prepare.refresh(vm, record, image, self.images.store, self.home.keys)
         reason = explain_choice(chosen, capabilities)
-        observed = await _with_free_ports(lambda: self._launch(vm, record, image, chosen, reason))
+        observed = await with_free_ports(lambda: self._launch(vm, record, image, chosen, reason))
         return self._status_of(vm, observed)
 
     async def _is_started(self, vm: VMDirectory) -> bool:
@@ -174,20 +174,6 @@ class Host:
                 return False
             await saved.finish(vm, self.driver)
         return True
-
-    async def _restore(self, vm: VMDirectory, progress: Progress) -> VMStatus:
-        from polyvisor.host import prepare, saved
-        from polyvisor.host.plan import boot_nics
-
-        with storage_errors(f"shortening the console log of VM '{vm.name}'"):
-            prepare.shorten_log(vm.console_log)
-
-        async def restore() -> None:
-            nics = boot_nics(vm.record, vm.launch())
-            await saved.restore(vm, self.driver, nics, vm.record.user, progress)
-
-        await _with_free_ports(restore)
-        return await self._status(vm)
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
         from polyvisor.host import saved
@@ -313,6 +299,7 @@ class Host:
 
     async def show(self, name: str) -> Details:
         from polyvisor.host.plan import derived_mac
+        from polyvisor.host.saved import describe
 
         vm = self.store.get(name)
         record, launch, status = vm.record, vm.launch(), await self._status(vm)
@@ -323,13 +310,8 @@ class Host:
             hypervisor_reason=launch.reason if launch else None,
             argv=launch.argv if launch else None,
             directory=str(vm.path),
-            saved=self._saved(vm) if status.state is VMState.SAVED else None,
+            saved=describe(vm) if status.state is VMState.SAVED else None,
         )
-
-    def _saved(self, vm: VMDirectory) -> Saved | None:
-        from polyvisor.host.saved import describe
-
-        return describe(vm)
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
         from polyvisor.host.watch import changes
@@ -388,38 +370,18 @@ class Host:
     # Ports
 
     async def add_forward(self, name: str, forward: Forward) -> VMStatus:
-        from polyvisor.network.ports import chosen_forwards
+        from polyvisor.host import forwards
 
         async with self._locked(name, "forward") as vm:
-            index = _user_nic(vm.record.spec)
-            launch = vm.launch()
-            if vm.alive() and launch is not None and not any(_leads(forward, live) for live in launch.forwards):
-                [chosen] = chosen_forwards([forward])
-                await self.driver.add_forward(vm, index, chosen)
-                vm.write_launch(replace(launch, forwards=(*launch.forwards, chosen)))
-            if _matching(forward, vm.record.spec.nics[index].forwards) is None:
-                self._write_forwards(vm, index, (*vm.record.spec.nics[index].forwards, str(forward)))
+            await forwards.add(vm, self.driver, forward)
             return await self._status(VMDirectory(vm.path))
 
     async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
-        async with self._locked(name, "forward") as vm:
-            index = _user_nic(vm.record.spec)
-            kept = vm.record.spec.nics[index].forwards
-            launch = vm.launch()
-            live = next((f for f in launch.forwards if _leads(forward, f)), None) if launch and vm.alive() else None
-            text = _matching(forward, kept) or (_of_any_port(forward, kept) if live else None)
-            if text is None and live is None:
-                raise NotFound(f"VM '{name}' has no forward {forward}", hint=f"polyvisor show {name} lists them")
-            if launch is not None and live is not None:
-                await self.driver.remove_forward(vm, index, live)
-                vm.write_launch(replace(launch, forwards=tuple(f for f in launch.forwards if f != live)))
-            self._write_forwards(vm, index, tuple(t for t in kept if t != text))
-            return await self._status(VMDirectory(vm.path))
+        from polyvisor.host import forwards
 
-    def _write_forwards(self, vm: VMDirectory, index: int, texts: tuple[str, ...]) -> None:
-        spec = vm.record.spec
-        nics = tuple(replace(nic, forwards=texts) if i == index else nic for i, nic in enumerate(spec.nics))
-        vm.write_record(replace(vm.record, spec=replace(spec, nics=nics)))
+        async with self._locked(name, "forward") as vm:
+            await forwards.remove(vm, self.driver, forward)
+            return await self._status(VMDirectory(vm.path))
 
     # Inside the VM
 
@@ -534,40 +496,3 @@ def _with_saved(vm: VMDirectory, observed: Observed) -> Observed:
         reason = f"its memory is being saved; if that was cut off: polyvisor resume {vm.name}, or save again"
         return replace(observed, reason=reason)
     return observed
-
-
-async def _with_free_ports(launch: Callable[[], Awaitable[T]]) -> T:
-    """What `launch` returns, which chooses ports of the host; where somebody takes one before it is used, it is done again."""
-    for attempt in range(1, _PORT_TRIES + 1):
-        try:
-            return await launch()
-        except PolyvisorError as error:
-            if attempt == _PORT_TRIES or "host forwarding" not in error.message:
-                raise
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _user_nic(spec: VMSpec) -> int:
-    """The index of the network card that forwards go through; raises Unsupported where there is none."""
-    for i, nic in enumerate(spec.nics):
-        if nic.network == "user":
-            return i
-    raise Unsupported(f"VM '{spec.name}' has no card on a user network", hint="port forwards need one")
-
-
-def _leads(asked: Forward, there: Forward) -> bool:
-    """Whether `there` is what `asked` names; without a host port, any to that guest port."""
-    same = (asked.guest_port, asked.protocol) == (there.guest_port, there.protocol)
-    return same and (
-        not asked.host_port or (asked.host_port, asked.host_address) == (there.host_port, there.host_address)
-    )
-
-
-def _of_any_port(asked: Forward, texts: Sequence[str]) -> str | None:
-    """The one that lets the host choose the port, and so may have got the port `asked` for."""
-    wanted = (asked.guest_port, asked.protocol, 0)
-    return next((t for t in texts if ((f := parse_forward(t)).guest_port, f.protocol, f.host_port) == wanted), None)
-
-
-def _matching(asked: Forward, texts: Sequence[str]) -> str | None:
-    return next((text for text in texts if _leads(asked, parse_forward(text))), None)

@@ -26,6 +26,7 @@ from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, WrongSta
 from polyvisor.files import read_small, storage_errors, sync_directory, translated, write_atomic
 from polyvisor.host.record import FORMAT, Launch, boot_id, checked
 from polyvisor.host.store import VMDirectory
+from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
 from polyvisor.spec.parse import structure
 from polyvisor.status import Saved, VMState
@@ -77,6 +78,7 @@ def drop(vm: VMDirectory) -> None:
         return
     with storage_errors(f"deleting the saved state of VM '{vm.name}'"):
         drop_memory(vm)
+        (vm.saved / "restoring").unlink(missing_ok=True)  # before the state that would be asked for
         shutil.rmtree(vm.saved)
 
 
@@ -101,8 +103,10 @@ async def save(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
     """Save a VM and end its process; one that is saved stays so. Where it fails the VM goes on as before."""
     if await _is_done(vm, driver):
         return
-    paused = _begin(vm, paused=(await driver.inspect(vm)).state is VMState.PAUSED)
+    # An earlier save that was cut off may have paused it, rather than the user.
+    paused = (await driver.inspect(vm)).state is VMState.PAUSED and not _note(vm).exists()
     try:
+        _begin(vm, paused)
         await _write(vm, driver, paused, progress)
     except BaseException as error:
         await _undo(vm, driver, paused)
@@ -129,10 +133,13 @@ async def _is_done(vm: VMDirectory, driver: Driver) -> bool:
     return vm.is_saved()
 
 
-def _begin(vm: VMDirectory, *, paused: bool) -> bool:
-    """Make room, and note whether the VM is to run again; an earlier save that was cut off may have noted it."""
-    note = vm.saved / "was-running"
-    paused = paused and not note.exists()
+def _note(vm: VMDirectory) -> Path:
+    return vm.saved / "was-running"
+
+
+def _begin(vm: VMDirectory, paused: bool) -> None:
+    """Make room, and note whether the VM is to run again."""
+    note = _note(vm)
     with storage_errors(f"saving VM '{vm.name}'"):
         vm.saved.mkdir(mode=0o700, exist_ok=True)
         drop_memory(vm)
@@ -141,7 +148,6 @@ def _begin(vm: VMDirectory, *, paused: bool) -> bool:
                 other.unlink()
         if not paused:
             note.touch(mode=0o600)
-    return paused
 
 
 async def _write(vm: VMDirectory, driver: Driver, paused: bool, progress: Progress) -> None:
@@ -198,30 +204,38 @@ async def _sum(path: Path, progress: Progress) -> str:
 # Restoring
 
 
-async def restore(
-    vm: VMDirectory, driver: Driver, nics: tuple[BootNic, ...], user: int | None, progress: Progress
-) -> None:
+async def restore(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
     """Start a saved VM where it was. Where it fails no process is left, and what is saved is kept; raises CannotStart."""
+    from polyvisor.host.plan import boot_nics
+    from polyvisor.host.prepare import shorten_log
+
     state = read(vm)
     try:
         await _check(vm, state, progress)
-        command = await driver.restore_command(state.launch, state.machine, nics)
-        forwards = tuple(forward for nic in nics for forward in nic.forwards)
-        now = replace(state.launch, started_at=time.time(), boot_id=boot_id(), forwards=forwards)
-        vm.write_launch(replace(now, version=command.version, argv=command.argv))
-        with storage_errors(f"restoring VM '{vm.name}'"):
-            (vm.saved / "restoring").touch(mode=0o600)
-            fd = os.open(vm.saved / "memory", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            await driver.restore(vm, command, user, fd, progress)
-        finally:
-            os.close(fd)
+        with storage_errors(f"shortening the console log of VM '{vm.name}'"):
+            shorten_log(vm.console_log)
+        await with_free_ports(lambda: _load(vm, driver, state, boot_nics(vm.record, vm.launch()), progress))
     except CannotStart as error:
         error.message = f"VM '{vm.name}' can't be restored: {error.message}"
         error.hint = _fresh(vm)
         raise
     drop_memory(vm)
     await finish(vm, driver, state)
+
+
+async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootNic, ...], progress: Progress) -> None:
+    """Start a process that reads the memory; its vCPUs stand still."""
+    command = await driver.restore_command(state.launch, state.machine, nics)
+    forwards = tuple(forward for nic in nics for forward in nic.forwards)
+    now = replace(state.launch, started_at=time.time(), boot_id=boot_id(), forwards=forwards)
+    vm.write_launch(replace(now, version=command.version, argv=command.argv))
+    with storage_errors(f"restoring VM '{vm.name}'"):
+        (vm.saved / "restoring").touch(mode=0o600)
+        fd = os.open(vm.saved / "memory", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        await driver.restore(vm, command, vm.record.user, fd, progress)
+    finally:
+        os.close(fd)
 
 
 async def finish(vm: VMDirectory, driver: Driver, state: State | None = None) -> None:

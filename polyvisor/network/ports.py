@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from polyvisor.errors import InvalidInput
+from polyvisor.errors import InvalidInput, PolyvisorError
 from polyvisor.spec.forward import Forward, parse_forward
 
 SSH_PORT = 22
 _EVERYWHERE = "0.0.0.0"  # noqa: S104 - compared, not bound
 _TRIES = 20
+_TRIES_TO_START = 3
+T = TypeVar("T")
 
 
 def wanted_forwards(texts: Sequence[str], *, ssh: bool) -> list[Forward]:
@@ -39,6 +42,17 @@ def chosen_forwards(wanted: Iterable[Forward], last: Iterable[Forward] = ()) -> 
         else:
             chosen.append(_with_port(forward, i, had, [*numbered, *chosen]))
     return tuple(chosen)
+
+
+async def with_free_ports(launch: Callable[[], Awaitable[T]]) -> T:
+    """What `launch` returns, which starts a VM with the ports that it chooses; again where one was taken in between."""
+    for attempt in range(1, _TRIES_TO_START + 1):
+        try:
+            return await launch()
+        except PolyvisorError as error:
+            if attempt == _TRIES_TO_START or "host forwarding" not in error.message:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _with_port(forward: Forward, index: int, had: list[Forward], taken: list[Forward]) -> Forward:

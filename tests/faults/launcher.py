@@ -4,8 +4,9 @@ Without arguments it serves: each line of its stdin is a JSON object with `fault
 line), `env`, `umask`, and the files `out` and `err`; it forks, runs the command there, and answers with a line that holds the
 exit status (negative: the signal). So hundreds of commands are spared the start of Python.
 
-A step is an audit event (PEP 578) that touches the world: files under HOME, locks, processes, sockets, signals. Hooks are
-called before the event happens, so a fault at step N comes between steps N-1 and N. The faults:
+A step is an audit event (PEP 578) that touches the world: files under HOME, locks, processes, sockets, signals; and each
+command to QEMU, for which there is an event of our own. Hooks are called before the event happens, so a fault at step N
+comes between steps N-1 and N. The faults:
 
     kill       SIGKILL to itself, as `kill -9` or the kernel for want of memory would send it
     interrupt  SIGINT to itself, as Ctrl-C sends it
@@ -27,11 +28,21 @@ from typing import Any, NoReturn
 
 FINISHED = "launcher: finished"
 
+_QMP = "launcher.qmp"
 _CHANGES = {
     *("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate"),
     *("shutil.rmtree", "shutil.copyfile", "tempfile.mkdtemp"),
 }
-_ALWAYS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "socket.connect", "os.kill", "os.killpg", "fcntl.flock"}
+_ALWAYS = {
+    "subprocess.Popen",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "os.kill",
+    "os.killpg",
+    "fcntl.flock",
+    _QMP,
+}
 _MAKES = {"os.mkdir", "os.link", "os.symlink", "tempfile.mkdtemp"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Polls repeat the same step for as long as they wait; only the first ones of a kind count.
@@ -83,6 +94,8 @@ class Fault:
         if event in _CHANGES:
             return (event, _shape(arguments[0])) if self._inside(arguments[0]) else None
         if event in _ALWAYS:
+            if event == _QMP:
+                return event, arguments[0]
             about = str(arguments[1]) if event == "fcntl.flock" else _shape(arguments[-1 if "socket" in event else 0])
             return event, about
         return None
@@ -109,14 +122,26 @@ def main() -> None:
     import polyvisor.cli.vm
     import polyvisor.drivers.qemu.qmp
     import polyvisor.host.host
-    import polyvisor.images.qemu_img  # noqa: F401
+    import polyvisor.images.qemu_img
 
+    _announce_commands(polyvisor.drivers.qemu.qmp.Monitor)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             _command(**request)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _announce_commands(monitor: Any) -> None:
+    """Let an audit event precede each command to QEMU."""
+    execute = monitor.execute
+
+    async def announced(self: Any, command: str, **arguments: Any) -> Any:
+        sys.audit(_QMP, command)
+        return await execute(self, command, **arguments)
+
+    monitor.execute = announced
 
 
 def _command(

@@ -145,6 +145,8 @@ def test_remedies_guess_what_was_meant(polyvisor: Polyvisor) -> None:
         ("rm", "../images"),
         ("pause", "vm"),
         ("resume", "vm"),
+        ("save", "vm"),
+        ("save", "nosuch"),
         ("reboot", "vm"),
         ("console", "vm"),
         ("console", "nosuch"),
@@ -592,30 +594,6 @@ def test_broken_record_of_a_vm_that_runs(polyvisor: Polyvisor) -> None:
 
 
 # A full disk
-
-
-@pytest.fixture
-def small(empty_home: Home, tiny: Image, cache: Path) -> Iterator[Polyvisor]:
-    """A home on a file system of its own with 24 MiB, where the kernel lets us have one."""
-    where = empty_home.path / "small"
-    where.mkdir(mode=0o711)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m,mode=711", "tmpfs", str(where)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"NOT TESTED: a really full disk, since mounting is not permitted here: {mounted.stderr.strip()}")
-    try:
-        home = Home(where / "home")
-        home.prepare()
-        home.images.rmdir()
-        home.images.symlink_to(cache / "home" / "images")
-        yield Polyvisor(home.path)
-        end_all(home.path)
-    finally:
-        subprocess.run(["umount", "--lazy", str(where)], check=True)
 
 
 def test_disk_is_full(small: Polyvisor) -> None:

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
 RUN = ("run", "tiny", "--name", "vm", "--disk", "1G")
 WORKERS = 2
-SENSIBLE = {"running", "paused", "stopped", "crashed"}
+SENSIBLE = {"running", "paused", "saved", "stopped", "crashed"}
 MARKER = "0x5a"
 KEYS = {"id_ed25519", "id_ed25519.pub", "reserve"}  # the last is the next VM's host key
 
@@ -254,6 +254,148 @@ def test_start(launchers: list[Launcher]) -> None:
         return done
 
     walked("start", Walk(launchers, step).walk(), at_least=20)
+    for launcher in launchers:
+        remove(launcher)
+
+
+def test_save(launchers: list[Launcher]) -> None:
+    """A VM whose `save` was cut off is alive, or saved; saved again and started it goes on, and its disk is whole."""
+    for launcher in launchers:
+        create(launcher)
+        start(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        [before] = qemus(launcher.home)
+        done = launcher("save", "vm", fault="kill", step=number)
+        state = assert_sensible(launcher)
+        assert state in ("running", "paused", "saved")
+        assert state == "saved" or qemus(launcher.home) == [before], "it was not saved, and is not there"
+        launcher.good("save", "vm")
+        assert assert_sensible(launcher) == "saved"
+        launcher.good("start", "vm")
+        assert assert_sensible(launcher) == "running", "it was not paused before"
+        assert not (launcher.home / "vms/vm/saved").exists()
+        return done
+
+    walked("save", Walk(launchers, step).walk(), at_least=35)
+    for launcher in launchers:
+        asyncio.run(launcher.host().kill("vm"))
+        assert_marked(launcher)
+        remove(launcher)
+
+
+def test_save_then_resume(launchers: list[Launcher]) -> None:
+    """What a `save` that was cut off has left is deleted before the guest goes on, and never counts again."""
+    for launcher in launchers:
+        create(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        start(launcher)
+        done = launcher("save", "vm", fault="kill", step=number)
+        if assert_sensible(launcher) != "saved":
+            launcher.good("resume", "vm")
+            assert not (launcher.home / "vms/vm/saved").exists()
+            assert assert_sensible(launcher) == "running"
+            time.sleep(0.2)
+            assert assert_sensible(launcher) == "running", "the save has stopped it after all"
+            asyncio.run(launcher.host().kill("vm"))
+            assert assert_sensible(launcher) == "stopped"
+        return done
+
+    walked("save, then resume", Walk(launchers, step).walk(), at_least=35)
+    for launcher in launchers:
+        remove(launcher)
+
+
+def test_save_of_a_paused_vm(launchers: list[Launcher]) -> None:
+    """What the user had paused stays paused, wherever the save was cut off."""
+    for launcher in launchers:
+        create(launcher)
+        start(launcher)
+        asyncio.run(launcher.host().pause("vm"))
+
+    def step(launcher: Launcher, number: int) -> Done:
+        done = launcher("save", "vm", fault="kill", step=number)
+        assert assert_sensible(launcher) in ("paused", "saved")
+        launcher.good("save", "vm")
+        launcher.good("start", "vm")
+        assert assert_sensible(launcher) == "paused"
+        return done
+
+    walked("save of a paused VM", Walk(launchers, step).walk(), at_least=35)
+    for launcher in launchers:
+        remove(launcher)
+
+
+@pytest.mark.parametrize("again", ["start", "stop", "kill", "start --fresh"])
+def test_restore(launchers: list[Launcher], again: str) -> None:
+    """A restore that was cut off leaves the VM saved, or with all of its memory; the next command is not confused by it."""
+    for launcher in launchers:
+        create(launcher)
+        start(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        start(launcher)
+        asyncio.run(launcher.host().save("vm"))
+        done = launcher("start", "vm", fault="kill", step=number)
+        state = assert_sensible(launcher)
+        assert state in ("saved", "paused", "running")
+        saved = (launcher.home / "vms/vm/saved/memory").exists()
+        verb, *flags = again.split()
+        launcher.good(verb, *flags, "vm", *(["--timeout", "0"] if verb == "stop" else []))
+        after = assert_sensible(launcher)
+        if verb == "start":
+            assert after == "running"
+            assert not (launcher.home / "vms/vm/saved").exists()
+        else:
+            assert after == ("saved" if saved else "stopped")
+        return done
+
+    walked(f"start of a saved VM, then {again}", Walk(launchers, step).walk(), at_least=30)
+    for launcher in launchers:
+        asyncio.run(launcher.host().start("vm", fresh=True))
+        asyncio.run(launcher.host().kill("vm"))
+        assert_marked(launcher)
+        remove(launcher)
+
+
+@pytest.mark.parametrize("words", [("save", "vm"), ("start", "vm")])
+def test_interrupted_save_and_restore(launchers: list[Launcher], words: tuple[str, ...]) -> None:
+    """Ctrl-C: a save leaves the VM running as before, or saved; a restore leaves it saved, or running."""
+    for launcher in launchers:
+        create(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        start(launcher)
+        if words[0] == "start":
+            asyncio.run(launcher.host().save("vm"))
+        done = launcher(*words, fault="interrupt", step=number)
+        assert done.finished or done.status in (0, 130), done
+        assert "Traceback" not in done.err, done.err
+        assert assert_sensible(launcher) in ("running", "saved"), done
+        return done
+
+    walked(f"interrupted {words[0]}", Walk(launchers, step).walk(), at_least=30)
+    for launcher in launchers:
+        remove(launcher)
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
+def test_storage_fails_in_save(launchers: list[Launcher], fault: str) -> None:
+    """From each step on nothing can be written: one line says so, and the VM runs on."""
+    for launcher in launchers:
+        create(launcher)
+
+    def step(launcher: Launcher, number: int) -> Done:
+        start(launcher)
+        done = launcher("save", "vm", fault=fault, step=number)
+        if not done.ok:
+            assert os.strerror(getattr(errno, fault)).lower() in done.error_line().lower() or "disk is full" in done.err
+            assert assert_sensible(launcher) == "running"
+            assert not (launcher.home / "vms/vm/saved").exists()
+        return done
+
+    walked(f"save, {fault}", Walk(launchers, step).walk(), at_least=5)
     for launcher in launchers:
         remove(launcher)
 

@@ -59,7 +59,7 @@ def test_killed(polyvisor: Polyvisor, vm: str) -> None:
     assert status["state"] == "crashed"
     assert "killed" in status["reason"]
     assert "killed" in polyvisor.good("ls").out
-    for words in (("pause", vm), ("resume", vm), ("reboot", vm), ("console", vm), ("ssh", vm, "true")):
+    for words in (("pause", vm), ("resume", vm), ("save", vm), ("reboot", vm), ("console", vm), ("ssh", vm, "true")):
         assert "crashed" in polyvisor(*words).error_line()
     after = polyvisor.good("start", vm, "--json").json()[0]
     assert after["state"] == "running"

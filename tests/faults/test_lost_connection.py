@@ -92,6 +92,11 @@ async def paused(api: HostApi) -> None:
     await api.pause("vm")
 
 
+async def saved(api: HostApi) -> None:
+    await running(api)
+    await api.save("vm")
+
+
 async def console(api: HostApi) -> str:
     return b"".join([chunk async for chunk in api.log("vm")]).decode(errors="replace")
 
@@ -152,6 +157,8 @@ VERBS = {
     "reset": Verb(fresh_boot, lambda api: api.reboot("vm", force=True), has_rebooted_once),
     "pause": Verb(running, lambda api: api.pause("vm"), is_(VMState.PAUSED)),
     "resume": Verb(paused, lambda api: api.resume("vm"), is_(VMState.RUNNING)),
+    "save": Verb(running, lambda api: api.save("vm"), is_(VMState.SAVED)),
+    "restore": Verb(saved, lambda api: api.start("vm"), is_(VMState.RUNNING)),
     "remove": Verb(running, lambda api: api.remove("vm", force=True), is_gone),
     "add-forward": Verb(without_forward, lambda api: api.add_forward("vm", FORWARD), has_one_forward),
     "remove-forward": Verb(with_forward, lambda api: api.remove_forward("vm", FORWARD), has_no_forward),
@@ -275,7 +282,9 @@ def agents(home: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", ["create", "run", "start", "stop", "kill", "reboot", "pause", "remove", "add-forward"])
+@pytest.mark.parametrize(
+    "name", ["create", "run", "start", "stop", "kill", "reboot", "pause", "save", "restore", "remove", "add-forward"]
+)
 async def test_killed_agent(name: str, host: Host, remote: RemoteHost, relay: Relay) -> None:
     """The agent itself is killed: a verb that may be repeated is; of others the caller is told that nobody knows."""
     verb = VERBS[name]
