@@ -492,7 +492,7 @@ def _with_saved(vm: VMDirectory, observed: Observed) -> Observed:
     if vm.is_saved() and vm.is_restoring():
         reason = f"its memory is being read; if that was cut off: polyvisor start {vm.name}"
         return replace(observed, state=VMState.PAUSED, reason=reason)
-    if observed.state is VMState.PAUSED and vm.saved.exists():
+    if observed.state is VMState.PAUSED and vm.is_saving():
         reason = f"its memory is being saved; if that was cut off: polyvisor resume {vm.name}, or save again"
         return replace(observed, reason=reason)
     return observed

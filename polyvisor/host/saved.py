@@ -16,10 +16,11 @@ import asyncio
 import hashlib
 import json
 import os
-import shutil
 import time
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from polyvisor.drivers.base import BootNic, Driver
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, WrongState
@@ -56,9 +57,9 @@ def read(vm: VMDirectory) -> State:
     """The state of a VM that is saved; raises PolyvisorError where it can't be understood."""
     try:
         return structure(checked(read_small(f"{vm.saved}/saved.json")), State)
-    except OSError as error:
+    except PermissionError as error:
         raise translated(error, f"reading the saved state of VM '{vm.name}'") from error
-    except (ValueError, InvalidInput) as error:
+    except (OSError, ValueError, InvalidInput) as error:
         raise CannotStart(
             f"VM '{vm.name}': {vm.saved}/saved.json can't be understood: {error}", hint=_fresh(vm)
         ) from error
@@ -78,12 +79,15 @@ def drop(vm: VMDirectory) -> None:
         return
     with storage_errors(f"deleting the saved state of VM '{vm.name}'"):
         drop_memory(vm)
-        (vm.saved / "restoring").unlink(missing_ok=True)  # before the state that would be asked for
-        shutil.rmtree(vm.saved)
+        for path in sorted(vm.saved.iterdir(), key=lambda path: path.name == "restoring"):
+            path.unlink()
+        vm.saved.rmdir()
 
 
 def drop_memory(vm: VMDirectory) -> None:
     """Delete the memory alone: from here on the VM is not saved."""
+    if not vm.saved.exists():
+        return
     with storage_errors(f"deleting the saved memory of VM '{vm.name}'"):
         for name in ("memory", "memory.new"):
             (vm.saved / name).unlink(missing_ok=True)
@@ -111,9 +115,9 @@ async def save(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
     except BaseException as error:
         await _undo(vm, driver, paused)
         if isinstance(error, PolyvisorError):
-            error.message = f"VM '{vm.name}' was not saved, and is as before: {error.message}"
+            error.message = f"VM '{vm.name}' was not saved: {error.message}"
         raise
-    await driver.kill(vm)
+    await _to_its_end(driver.kill(vm))
 
 
 async def _is_done(vm: VMDirectory, driver: Driver) -> bool:
@@ -220,7 +224,7 @@ async def restore(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
         error.hint = _fresh(vm)
         raise
     drop_memory(vm)
-    await finish(vm, driver, state)
+    await _to_its_end(finish(vm, driver, state))
 
 
 async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootNic, ...], progress: Progress) -> None:
@@ -239,10 +243,25 @@ async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootN
 
 
 async def finish(vm: VMDirectory, driver: Driver, state: State | None = None) -> None:
-    """Let a VM go on whose process has read all of its memory, which is deleted by now."""
-    if not (state or read(vm)).paused:
+    """Let a VM go on whose process has read all of its memory, which is deleted by now.
+
+    The last that is deleted beside it says that it was read: where there is no state any more, the VM has gone on.
+    """
+    if state is None and (vm.saved / "saved.json").exists():
+        state = read(vm)
+    if state is not None and not state.paused:
         await driver.resume(vm)
     drop(vm)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do what is no use when it is half done; whoever cancels it (Ctrl-C) waits for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def still_restoring(vm: VMDirectory) -> WrongState:

@@ -120,6 +120,13 @@ class VMDirectory:
         """Whether its process, if it is alive, was started to read what was saved, and may not have all of it yet."""
         return os.path.exists(f"{self.path}/{SAVED}/restoring")  # noqa: PTH110
 
+    def is_saving(self) -> bool:
+        """Whether a command is writing its memory, if it is alive, or was cut off in that."""
+        try:
+            return any(self.saved.iterdir())
+        except FileNotFoundError:
+            return False
+
     def unreadable(self, file: str, error: Exception) -> PolyvisorError:
         """The error for a file of this directory that makes no sense."""
         return PolyvisorError(

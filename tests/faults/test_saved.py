@@ -86,7 +86,7 @@ DAMAGES = {
     "wrong type": (edited("size_bytes", "many"), "can't be understood"),
     "of a later format": (edited("format", 99), "can't be understood"),
     "of a newer QEMU": (edited("version", "99.1.2"), "99.1.2"),
-    "of another machine": (edited("machine", "pc-i440fx-99.0"), "unsupported machine type"),
+    "of another machine": (edited("machine", "pc-i440fx-99.0"), "machine"),
     "of a better processor": (edited("cpu", ["flag-of-tomorrow"]), "flag-of-tomorrow"),
     "disk changed": (write_disk, "disk0.qcow2"),
     "disk gone": (lose_disk, "disk0.qcow2"),
