@@ -47,6 +47,11 @@ class PolyvisorError(Exception):
         self.message = message
         self.hint = hint
 
+    def about(self, what: str) -> None:
+        """Say first what failed by it: ``VM 'a' was not saved: …``."""
+        self.message = f"{what}: {self.message}"
+        self.args = (self.message,)
+
     def to_dict(self) -> dict[str, str | None]:
         return {"code": self.code, "message": self.message, "hint": self.hint}
 

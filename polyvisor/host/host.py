@@ -150,7 +150,7 @@ class Host:
         if vm.is_saved() and not fresh:
             from polyvisor.host import saved
 
-            await saved.restore(vm, self.driver, progress)
+            await saved.restore(vm, self.driver, str(self.home.path), progress)
             return await self._status(vm)
         self._let_run(vm)
         record = vm.record

@@ -115,7 +115,7 @@ async def save(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
     except BaseException as error:
         await _undo(vm, driver, paused)
         if isinstance(error, PolyvisorError):
-            error.message = f"VM '{vm.name}' was not saved: {error.message}"
+            error.about(f"VM '{vm.name}' was not saved")
         raise
     await _to_its_end(driver.kill(vm))
 
@@ -208,8 +208,11 @@ async def _sum(path: Path, progress: Progress) -> str:
 # Restoring
 
 
-async def restore(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
-    """Start a saved VM where it was. Where it fails no process is left, and what is saved is kept; raises CannotStart."""
+async def restore(vm: VMDirectory, driver: Driver, place: str, progress: Progress) -> None:
+    """Start a saved VM where it was. Where it fails no process is left, and what is saved is kept; raises CannotStart.
+
+    `place` is the home's path, by which private networks are told apart.
+    """
     from polyvisor.host.plan import boot_nics
     from polyvisor.host.prepare import shorten_log
 
@@ -218,9 +221,9 @@ async def restore(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
         await _check(vm, state, progress)
         with storage_errors(f"shortening the console log of VM '{vm.name}'"):
             shorten_log(vm.console_log)
-        await with_free_ports(lambda: _load(vm, driver, state, boot_nics(vm.record, vm.launch()), progress))
+        await with_free_ports(lambda: _load(vm, driver, state, boot_nics(vm.record, vm.launch(), place), progress))
     except CannotStart as error:
-        error.message = f"VM '{vm.name}' can't be restored: {error.message}"
+        error.about(f"VM '{vm.name}' can't be restored")
         error.hint = _fresh(vm)
         raise
     drop_memory(vm)
