@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.cli import bench_cli
 from bench.harness import RESULTS, Failed, Report, as_text, call, environment, tell, write_results
+from bench.lab import bench_lab
 from bench.libvirt import Libvirt, libvirt
 from bench.listing import bench_listing
 from bench.product import Polyvisor
@@ -19,6 +20,7 @@ from bench.start import Stamps, bench_start
 from polyvisor.drivers.qemu.programs import find_binary
 
 BENCHES = ("cli", "start", "ls", "remote")
+LONG = ("lab",)  # these take a quarter of an hour and more: only when asked for
 
 
 def main() -> int:
@@ -36,6 +38,7 @@ def main() -> int:
             "start": lambda: bench_start(polyvisor, stamps, scratch, peer, options.runs),
             "ls": lambda: bench_listing(polyvisor, scratch, peer, options.runs),
             "remote": lambda: bench_remote(polyvisor, scratch, options.runs),
+            "lab": lambda: bench_lab(polyvisor, options.runs),
         }
         machine = environment(
             qemu=call([find_binary(), "--version"]).splitlines()[0],
@@ -52,7 +55,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", action="append", choices=BENCHES, help="run this one alone (repeatable)")
+    parser.add_argument("--only", action="append", choices=BENCHES + LONG, help="run this one alone (repeatable)")
     parser.add_argument("--runs", type=int, default=12, help="rounds of each (default: %(default)s; at least 2)")
     parser.add_argument("--home", type=Path, help="a Polyvisor home to use, emptied of VMs (default: a new one)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default: bench/results)")

@@ -13,7 +13,7 @@ from polyvisor.spec.vm import Disk, Hypervisor, Nic, VMSpec
 from polyvisor.status import VMState
 from tests.contract.guest import guest
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu]
 
 
 async def test_the_host_says_what_it_runs_on_and_why(api: HostApi) -> None:

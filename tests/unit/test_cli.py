@@ -18,6 +18,7 @@ from polyvisor.errors import InvalidInput, PolyvisorError
 
 # A line of words that each verb accepts.
 EXAMPLES = {
+    "lab": "lab up --kvm 1",
     "run": "run tiny --name a -c 2 -m 1G --disk 10G --nic user -p 8080:80 --label a=b --wait",
     "create": "create tiny --memory 512M --hypervisor tcg",
     "apply": "apply -f vm.yaml --no-start",

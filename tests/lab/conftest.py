@@ -1,0 +1,126 @@
+"""The lab that its tests share: brought up once, kept saved between runs of the tests, left out where it can't be.
+
+Everything about the lab is in one module, so that with several workers one of them has it to itself. Where this machine
+can't have a lab, or not within LIMIT_S, the tests are skipped with the reason, which pytest lists at its end.
+$POLYVISOR_TEST_LAB=off leaves them out, =required makes a lab that can't be had a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from polyvisor.errors import PolyvisorError, TimedOut, Unavailable
+from polyvisor.home import Home
+from polyvisor.host.api import HostApi
+from polyvisor.host.host import Host
+from polyvisor.images.debian import check_programs
+from polyvisor.images.image import Image
+from polyvisor.lab.lab import Lab
+from polyvisor.lab.plan import lab_hosts
+from polyvisor.remote.host import RemoteHost
+from polyvisor.ssh import execute
+from tests.contract.conftest import booted, running, spec
+
+__all__ = ["booted", "running", "spec"]
+
+LIMIT_S = 20 * 60
+NEEDED_MEMORY_MIB = 9 * 1024
+NEEDED_STORAGE_MIB = 8 * 1024
+HOMES = 100
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def lab(cache: Path, tiny: Image) -> Iterator[Lab]:
+    """The lab, both its hosts up; saved again afterwards."""
+    demand = os.environ.get("POLYVISOR_TEST_LAB", "")
+    if demand == "off":
+        pytest.skip("the lab is left out: POLYVISOR_TEST_LAB=off")
+    made = Lab(Host(_home(cache)))
+    if reason := _impossible(made) or asyncio.run(_up(made)):
+        if demand == "required":
+            pytest.fail(f"there is no lab: {reason}")
+        pytest.skip(f"there is no lab: {reason}")
+    yield made
+    asyncio.run(made.down())
+
+
+def _home(cache: Path) -> Home:
+    """A home that stays, whose packages and image `tiny` are those of the other tests."""
+    home = Home(cache / "lab")
+    home.prepare()
+    shared = cache / "home" / "cache" / "debian-packages"
+    shared.mkdir(parents=True, exist_ok=True)
+    if not (home.cache / "debian-packages").exists():
+        (home.cache / "debian-packages").symlink_to(shared)
+    return home
+
+
+def _impossible(lab: Lab) -> str | None:
+    """Why this machine can't have a lab, or None."""
+    if lab.hosts.names():
+        return None  # it has one already
+    try:
+        check_programs()
+    except Unavailable as error:
+        return f"{error.message} ({error.hint})"
+    free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    if free and (mib := int(free[1]) // 1024) < NEEDED_MEMORY_MIB:
+        return f"it needs {NEEDED_MEMORY_MIB} MiB of memory, and {mib} are available"
+    if (mib := shutil.disk_usage(lab.host.home.path).free >> 20) < NEEDED_STORAGE_MIB:
+        return f"it needs {NEEDED_STORAGE_MIB} MiB at {lab.host.home.path}, and {mib} are free"
+    return None
+
+
+async def _up(lab: Lab) -> str | None:
+    """Bring the lab up; returns why that failed for want of time or network, raises where the lab itself fails."""
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            await lab.up(lab_hosts(1, 1))
+    except (TimeoutError, TimedOut):
+        return f"it was not ready within {LIMIT_S // 60} minutes"
+    except PolyvisorError as error:
+        if error.code == "download-failed":
+            return error.message
+        raise
+    return None
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """The home of whoever uses the lab's hosts; shared, so that connections are."""
+    return Home(tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="session")
+def homes(lab: Lab) -> Iterator[str]:
+    """A directory on lab-kvm1 with a home for each test, all with the images of the host's own."""
+    directory = f"/var/tmp/homes-{uuid.uuid4().hex[:8]}"
+    make = f"for i in $(seq 0 {HOMES}); do mkdir -p $i; chmod 711 $i; ln -s /var/lib/polyvisor/images $i/images; done"
+    _on(lab, f"mkdir -m 711 {directory}; cd {directory}; {make}")
+    yield directory
+    _on(lab, f"pkill -f [q]emu-system; sleep 1; rm -rf {directory}")
+
+
+def _on(lab: Lab, script: str) -> None:
+    completed = asyncio.run(execute(lab.host, "lab-kvm1", ["sh", "-c", script], timeout_s=120))
+    assert not completed.stderr, completed.stderr
+
+
+@pytest.fixture
+async def api(lab: Lab, client: Home, homes: str) -> AsyncIterator[HostApi]:
+    """The lab's KVM host as a remote host, with a home of its own for each test."""
+    entry = replace(lab.hosts.get("lab-kvm1"), home=f"{homes}/{next(_numbers)}")
+    remote = RemoteHost(entry, client)
+    yield remote
+    await remote.close()

@@ -1,0 +1,100 @@
+"""The lab beside its real hosts (tests/lab has those): names that are taken, and what the command line says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+
+from polyvisor.cli.main import run
+from polyvisor.errors import AlreadyExists
+from polyvisor.home import Home
+from polyvisor.host.host import Host
+from polyvisor.lab.lab import Lab
+from polyvisor.lab.plan import LABEL, Kind, lab_hosts, lab_spec
+from polyvisor.remote.address import Entry
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import VMState
+
+[KVM1] = lab_hosts(1, 0)
+
+
+@pytest.fixture
+def lab(host: Host, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setenv("POLYVISOR_HOME", str(host.home.path))
+    monkeypatch.delenv("POLYVISOR_HOST", raising=False)
+    return Lab(host)
+
+
+def like_a_host(**changes: object) -> VMSpec:
+    """A VM as the lab's first KVM host is, but small."""
+    return dataclasses.replace(lab_spec(KVM1, None, None, None), image="tiny", **changes)  # type: ignore[arg-type]
+
+
+async def test_a_vm_of_that_name_is_not_taken_for_a_host(lab: Lab) -> None:
+    await lab.host.create(VMSpec(name="lab-kvm1", image="tiny"))
+    with pytest.raises(AlreadyExists, match="VM 'lab-kvm1' already, with other settings") as caught:
+        await lab.up([KVM1])
+    assert "polyvisor rm --force lab-kvm1" in str(caught.value.hint)
+    assert await lab.members() == []
+    assert await lab.remove() == []
+    assert await lab.host.names() == ["lab-kvm1"], "it is not the lab's to remove"
+
+
+async def test_a_host_elsewhere_of_that_name_is_kept(lab: Lab) -> None:
+    elsewhere = Entry(name="lab-kvm1", url="ssh://root@192.0.2.1", added_at=time.time())
+    lab.hosts.add(elsewhere)
+    with pytest.raises(AlreadyExists, match=r"ssh://root@192\.0\.2\.1"):
+        await lab.up([KVM1])
+    await lab.host.create(like_a_host())
+    assert await lab.remove() == ["lab-kvm1"]
+    assert lab.hosts.get("lab-kvm1") == elsewhere
+
+
+@pytest.mark.parametrize("asked", [{"vcpus": 3}, {"memory_mib": 4000}, {"suite": "trixie"}])
+async def test_other_settings_for_a_host_that_is_there(lab: Lab, asked: dict[str, int | str]) -> None:
+    await lab.host.create(like_a_host())
+    with pytest.raises(AlreadyExists, match="with other settings"):
+        await lab.up([KVM1], **asked)  # type: ignore[arg-type]
+
+
+async def test_members_are_the_vms_with_the_label(lab: Lab) -> None:
+    await lab.host.create(like_a_host())
+    await lab.host.create(VMSpec(name="mine", image="tiny", labels={LABEL: "kvm"}))
+    await lab.host.create(VMSpec(name="other", image="tiny", labels={LABEL: "vmware"}))
+    [(host, status)] = await lab.members()
+    assert (host, status.state) == (KVM1, VMState.STOPPED)
+    [shown] = await lab.status()
+    assert (shown.name, shown.kind, shown.address, shown.url) == ("lab-kvm1", Kind.KVM, "10.77.1.1", None)
+    assert await lab.down() == [shown], "what does not run is left as it is"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["lab", "up", "--kvm", "0", "--xen", "0"], 2, "kvm: 0: and xen: 0 leave the lab without a host"),
+        (["lab", "up", "--xen", "99"], 2, "xen: 99: is out of range (use 0 to 9)"),
+        (["lab", "up", "--suite", "sarge"], 2, "suite: 'sarge': is not known (use bookworm or trixie)"),
+        (["lab", "up", "--memory", "much"], 2, "memory: 'much'"),
+        (["lab", "ssh", "kvm7"], 3, "the lab has no host 'kvm7' (make one: polyvisor lab up)"),
+        (["lab", "status", "--host", "root@192.0.2.1"], 8, "a lab is run by the machine that it is on"),
+        (["lab", "status"], 0, "there is no lab yet; make one: polyvisor lab up"),
+        (["lab"], 0, "there is no lab yet; make one: polyvisor lab up"),
+    ],
+)
+def test_what_the_command_line_says(
+    lab: Lab, capsys: pytest.CaptureFixture[str], words: list[str], status: int, said: str
+) -> None:
+    assert run(words) == status
+    assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_lab_that_is_not_there_as_json(
+    empty_home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POLYVISOR_HOME", str(empty_home.path))
+    for verb in ("status", "down", "rm"):
+        assert run(["lab", verb, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == []
