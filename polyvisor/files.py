@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from polyvisor.errors import NotPermitted, PolyvisorError, StorageFull
+from polyvisor.waiting import pause
 
 _POLL_S = 0.02
 
@@ -99,8 +100,6 @@ async def take_flock(fd: int, waiting: Callable[[], None] = lambda: None) -> Non
 
     The kernel drops it when the file is closed, or its holder dies.
     """
-    import asyncio  # not needed by those who only look
-
     told = False
     while True:
         try:
@@ -109,7 +108,7 @@ async def take_flock(fd: int, waiting: Callable[[], None] = lambda: None) -> Non
             if not told:
                 waiting()
                 told = True
-            await asyncio.sleep(_POLL_S)
+            await pause(_POLL_S)
         else:
             return
 

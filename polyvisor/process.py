@@ -12,12 +12,17 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from polyvisor.errors import ProcessFailed, TimedOut, Unavailable
+from polyvisor.waiting import event_loop, pause
+
+Program = subprocess.Popen[bytes]
+_POLL_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ async def run(
     Raises ProcessFailed where it fails (unless `check` is false) or is not there, TimedOut after `timeout_s` seconds.
     Whoever cancels the caller ends the program too.
     """
+    await event_loop()
     try:
         process = await _started(
             asyncio.create_subprocess_exec(
@@ -145,6 +151,33 @@ async def converse(argv: Sequence[str], *, errors: IO[bytes], limit: int) -> asy
         raise ProcessFailed(argv, 127, str(error)) from error
 
 
+def begin(argv: Sequence[str]) -> Program:
+    """Start a tool that says nothing of interest, to be waited for by `ended`; raises ProcessFailed."""
+    try:
+        return subprocess.Popen(
+            argv,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ProcessFailed(argv, 127, str(error)) from error
+
+
+async def ended(process: Program, *, timeout_s: float) -> int:
+    """Wait for a tool that `begin` has started, and return its exit status; it is killed after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            await pause(_POLL_S)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode
+
+
 def spawn_detached(
     argv: Sequence[str],
     *,
@@ -153,7 +186,7 @@ def spawn_detached(
     inherit: Sequence[int] = (),
     user: int | None = None,
     groups: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> Program:
     """Start `argv` in a session of its own, to live on after this process.
 
     Its stdout and stderr go to `output`; file descriptors in `inherit` stay open in it. With `user`, it runs as that

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from polyvisor import waiting
 from polyvisor.cli import startup
 from polyvisor.errors import PolyvisorError, ProcessFailed, escaped, one_line
 
@@ -31,14 +32,18 @@ class Context:
     @cached_property
     def host(self) -> HostApi:
         """The host that the verb is about: the one asked for by --host or $POLYVISOR_HOST, or this machine."""
-        name = os.environ.get("POLYVISOR_HOST") or None if self.on_host is None else self.on_host
-        if name is not None:  # an empty --host, as of a variable that is not set, is a mistake, and not this machine
+        if self._host_name is not None:
             from polyvisor.cli.remote import named_host
 
-            return named_host(name)
+            return named_host(self._host_name)
         from polyvisor.host.host import Host
 
         return Host()
+
+    @property
+    def _host_name(self) -> str | None:
+        """The host asked for. An empty --host, as of a variable that is not set, is a mistake, and not this machine."""
+        return os.environ.get("POLYVISOR_HOST") or None if self.on_host is None else self.on_host
 
     @cached_property
     def progress(self) -> Display:
@@ -47,43 +52,29 @@ class Context:
 
         return Display(quiet=self.json)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T], *, in_event_loop: bool = True) -> T:
         """Run the verb's coroutine to its end; the progress bar is gone by then, and the connection to a host closed."""
-        import asyncio
-
-        closing = self._closing(work)
+        closing = self._closing(work, in_event_loop)
         try:
-            startup.ready()
-            return asyncio.run(closing)
+            return waiting.run(closing, startup.ready)
         finally:
             for coroutine in closing, work:  # Ctrl-C may come before they have begun
                 coroutine.close()
             if "progress" in self.__dict__:
                 self.progress.close()
 
-    async def _closing(self, work: Coroutine[Any, Any, T]) -> T:
+    def begin(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same for a verb that often needs no event loop, and asks for it where it does (see `waiting`)."""
+        return self.run(work, in_event_loop=False)
+
+    async def _closing(self, work: Coroutine[Any, Any, T], in_event_loop: bool) -> T:
         try:
+            if in_event_loop or self._host_name is not None:
+                await waiting.event_loop()
             return await work
         finally:
             if "host" in self.__dict__:
                 await self.host.close()
-
-    def look(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a verb that only looks: without an event loop where there is nothing to wait for.
-
-        A coroutine that turns out to need one is begun anew with it: to look twice does no harm.
-        """
-        attempt = work()
-        try:
-            attempt.send(None)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        except RuntimeError:  # asyncio's word for it
-            pass
-        finally:
-            attempt.close()
-        return self.run(work())
 
     def say(self, text: str) -> None:
         """A line for a person; not with --json."""

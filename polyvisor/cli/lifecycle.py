@@ -83,7 +83,12 @@ async def show_command(context: Context, name: str) -> None:
 
 
 def each(
-    context: Context, options: argparse.Namespace, verb: Verb, *, among: Callable[[VMStatus], bool] | None = None
+    context: Context,
+    options: argparse.Namespace,
+    verb: Verb,
+    *,
+    among: Callable[[VMStatus], bool] | None = None,
+    in_event_loop: bool = True,
 ) -> int:
     """Do `verb` to every VM named, whatever becomes of the others; the status is that of the first failure.
 
@@ -115,7 +120,7 @@ def each(
                     context.say(describe(status))
         return failed
 
-    failed = context.run(work())
+    failed = context.run(work(), in_event_loop=in_event_loop)
     if context.json:
         context.print_json(statuses)
     return failed
@@ -129,7 +134,7 @@ def _start(context: Context, options: argparse.Namespace) -> int:
             await context.host.wait_for_ssh(name, timeout_s=options.timeout, progress=context.progress)
         return status
 
-    return each(context, options, start)
+    return each(context, options, start, in_event_loop=False)
 
 
 def _rm(context: Context, options: argparse.Namespace) -> int:

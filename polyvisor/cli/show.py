@@ -44,7 +44,7 @@ def add_events(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(context: Context, options: argparse.Namespace) -> int:
-    every = context.look(context.host.vms)
+    every = context.begin(context.host.vms())
     for name in options.names:
         if check_name(name) not in {status.name for status in every}:
             raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
@@ -94,7 +94,7 @@ def describe(status: VMStatus) -> str:
 
 
 def _show(context: Context, options: argparse.Namespace) -> int:
-    details = context.run(context.host.show(options.name))
+    details = context.begin(context.host.show(options.name))
     if context.json:
         context.print_json(details)
     else:

@@ -47,7 +47,7 @@ def _run(context: Context, options: argparse.Namespace) -> int:
             await context.host.wait_for_ssh(status.name, timeout_s=options.timeout, progress=context.progress)
         return status
 
-    status = context.run(work())
+    status = context.begin(work())
     if options.ssh:
         from polyvisor.cli.ssh import log_in
 
@@ -57,7 +57,7 @@ def _run(context: Context, options: argparse.Namespace) -> int:
 
 
 def _create(context: Context, options: argparse.Namespace) -> int:
-    status = context.run(_make(context, options, context.host.create))
+    status = context.begin(_make(context, options, context.host.create))
     _announce(context, status)
     return 0
 
@@ -91,7 +91,7 @@ def _apply(context: Context, options: argparse.Namespace) -> int:
                 await context.host.wait_for_ssh(spec.name, timeout_s=options.timeout, progress=context.progress)
         return statuses
 
-    statuses = context.run(work())
+    statuses = context.begin(work())
     if context.json:
         context.print_json(statuses)
     for status in statuses:

@@ -6,6 +6,7 @@ says how that VM is. It neither stores nor locks: `Host` does, and calls it with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -94,8 +95,13 @@ class Driver(Protocol):
     async def command(self, boot: Boot) -> Command:
         """The exact command that starts `boot`; raises Unavailable, Unsupported."""
 
-    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> Observed:
-        """Run `command` in directory `vm`, as numeric `user` where the caller is root; raises CannotStart."""
+    async def start(
+        self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Observed:
+        """Run `command` in directory `vm`, as numeric `user` where the caller is root; raises CannotStart.
+
+        `meanwhile` is called once, when nothing is left to do but to wait for the hypervisor.
+        """
 
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now. Needs no lock."""

@@ -29,6 +29,7 @@ from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, VMState, VMStatus
+from polyvisor.waiting import event_loop, pause
 
 _POLL_S = 0.1
 
@@ -202,7 +203,7 @@ class Host:
     async def _launch(
         self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str
     ) -> Observed:
-        from polyvisor.host.keys import reserve_host_key
+        from polyvisor.host.keys import Reserve
         from polyvisor.host.plan import build_boot
 
         boot = build_boot(
@@ -221,11 +222,11 @@ class Host:
                 forwards=tuple(forward for nic in boot.nics for forward in nic.forwards),
             )
         )
-        reserve = asyncio.create_task(reserve_host_key(self.home.keys))
+        reserve = Reserve(self.home.keys)
         try:
-            return await self.driver.start(vm, command, record.user)
+            return await self.driver.start(vm, command, record.user, meanwhile=reserve.begin)
         finally:
-            await reserve
+            await reserve.end()
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         async with self._locked(name, "stop") as vm:
@@ -241,7 +242,7 @@ class Host:
                 await self._press_power_button(vm, observed.state)
                 while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
                     progress(Step("shutting down", int(waited), int(timeout_s), "s"))
-                    await asyncio.sleep(_POLL_S)
+                    await pause(_POLL_S)
         await self._end(vm)
 
     async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:
@@ -251,7 +252,7 @@ class Host:
                 await self.driver.resume(vm)
             await self.driver.shutdown(vm)
         except PolyvisorError:
-            await asyncio.sleep(_POLL_S)
+            await pause(_POLL_S)
             if vm.alive():  # or it has ended on its own meanwhile
                 raise
 
@@ -322,7 +323,7 @@ class Host:
             yield event
 
     async def _ask_all(self, vms: Sequence[VMDirectory]) -> dict[VMDirectory, VMStatus | None]:
-        asyncio.get_running_loop()  # raises RuntimeError without one, before any question is put
+        await event_loop()
         return dict(zip(vms, await asyncio.gather(*map(self._status_or_reason, vms)), strict=True))
 
     async def _status_or_reason(self, vm: VMDirectory) -> VMStatus | None:
@@ -409,6 +410,7 @@ class Host:
     async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
         from polyvisor.host.inside import patience, ssh_answers
 
+        await event_loop()
         target = await self.ssh_target(name)
         began = time.monotonic()
         vm = self.store.get(name)
@@ -422,7 +424,7 @@ class Host:
                     f"SSH of VM '{name}' does not answer after {timeout_s:.0f} s", hint=f"polyvisor logs {name}"
                 )
             progress(Step("waiting for SSH", int(waited), int(timeout_s), "s"))
-            await asyncio.sleep(_POLL_S)
+            await pause(_POLL_S)
         return target
 
     # Images

@@ -10,6 +10,7 @@ from polyvisor.host.api import Obtainable, StoredImage
 from polyvisor.images.image import Image, Seed
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.operation import Progress, silent
+from polyvisor.waiting import event_loop
 
 # What can be built, and the image's name where nobody chooses one (`flavours` knows more, and is imported late).
 BUILDABLE = {"tiny": "tiny", "debian": "debian-12", "lab-kvm": "lab-kvm", "lab-xen": "lab-xen"}
@@ -42,6 +43,7 @@ class Images:
         """The image `name`, built or fetched where the store lacks it; raises NotFound with the nearest names."""
         if image := self.store.find(BUILDABLE.get(check_image_name(name), name)):
             return image
+        await event_loop()
         if name in BUILDABLE:
             return await self.build(name, progress)
         from polyvisor.images import catalogue

@@ -7,6 +7,7 @@ the hypervisor, and the next VM takes it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -15,12 +16,13 @@ from pathlib import Path
 from polyvisor.errors import PolyvisorError
 from polyvisor.files import storage_errors, take_flock
 from polyvisor.images.hostkey import HostKey
-from polyvisor.process import find_program, run
+from polyvisor.process import Program, begin, ended, find_program, run
 
 SSH = "ssh"
 HOST_KEY = "host_key"
 KNOWN_HOSTS = Path(SSH, "known_hosts")
 RESERVE = "reserve"
+KEYGEN_S = 30.0
 
 
 async def login_key(keys: Path) -> tuple[Path, str]:
@@ -44,22 +46,39 @@ async def give_host_key(vm: Path, keys: Path) -> None:
             await _make_host_key(vm / SSH)
 
 
-async def reserve_host_key(keys: Path) -> None:
-    """See to it that there is a host key in reserve; it is no failure if that fails."""
-    if (keys / RESERVE).exists():
-        return
-    made = keys / f".{RESERVE}"
-    with contextlib.suppress(PolyvisorError, OSError):
-        async with _alone(keys):
-            if not (keys / RESERVE).exists():
-                shutil.rmtree(made, ignore_errors=True)  # left by a command that was killed
-                await _make_host_key(made)
-                made.rename(keys / RESERVE)
+class Reserve:
+    """Sees to it that there is a host key in reserve, while its user waits for something else.
+
+    It is no failure if that fails, and where somebody else has the keys in hand it is left to them.
+    """
+
+    def __init__(self, keys: Path) -> None:
+        self._place = keys / RESERVE
+        self._made = keys / f".{RESERVE}"
+        self._held = contextlib.ExitStack()
+        self._keygen: Program | None = None
+
+    def begin(self) -> None:
+        if self._place.exists():
+            return
+        with contextlib.suppress(PolyvisorError, OSError):
+            fd = os.open(self._place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._held.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._place.exists():
+                shutil.rmtree(self._made, ignore_errors=True)  # left by a command that was killed
+                self._made.mkdir(mode=0o700)
+                self._keygen = begin(_host_key_argv(self._made))
+
+    async def end(self) -> None:
+        with self._held, contextlib.suppress(PolyvisorError, OSError):
+            if self._keygen is not None and await ended(self._keygen, timeout_s=KEYGEN_S) == 0:
+                self._made.rename(self._place)
 
 
 async def _make_host_key(directory: Path) -> None:
     directory.mkdir(mode=0o700)
-    await _keygen("-C", "", "-f", str(directory / HOST_KEY))
+    await run(_host_key_argv(directory), timeout_s=KEYGEN_S)
 
 
 def read_host_key(vm: Path) -> HostKey:
@@ -77,7 +96,7 @@ async def _make_login_key(private: Path) -> None:
             if not private.exists():
                 made.unlink(missing_ok=True)
                 public.unlink(missing_ok=True)
-                await _keygen("-C", "polyvisor", "-f", str(made))
+                await run(_keygen_argv("-C", "polyvisor", "-f", str(made)), timeout_s=KEYGEN_S)
                 made.rename(private)
             public.write_text(await _public_of(private))
             public.replace(private.with_suffix(".pub"))
@@ -96,9 +115,13 @@ async def _alone(directory: Path) -> AsyncIterator[None]:
 
 async def _public_of(private: Path) -> str:
     program = find_program("ssh-keygen", package="openssh-client")
-    return (await run([program, "-y", "-f", str(private)], timeout_s=30)).stdout
+    return (await run([program, "-y", "-f", str(private)], timeout_s=KEYGEN_S)).stdout
 
 
-async def _keygen(*options: str) -> None:
+def _host_key_argv(directory: Path) -> list[str]:
+    return _keygen_argv("-C", "", "-f", str(directory / HOST_KEY))
+
+
+def _keygen_argv(*options: str) -> list[str]:
     program = find_program("ssh-keygen", package="openssh-client")
-    await run([program, "-q", "-t", "ed25519", "-N", "", *options], timeout_s=30)
+    return [program, "-q", "-t", "ed25519", "-N", "", *options]

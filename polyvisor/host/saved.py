@@ -31,6 +31,7 @@ from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
 from polyvisor.spec.parse import structure
 from polyvisor.status import Saved, VMState
+from polyvisor.waiting import event_loop
 
 _PIECE = 8 << 20
 
@@ -216,6 +217,7 @@ async def restore(vm: VMDirectory, driver: Driver, place: str, progress: Progres
     from polyvisor.host.plan import boot_nics
     from polyvisor.host.prepare import shorten_log
 
+    await event_loop()
     state = read(vm)
     try:
         await _check(vm, state, progress)

@@ -14,7 +14,6 @@ changes a VM holds its lock; the kernel drops the lock of a process that dies, s
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
@@ -31,6 +30,7 @@ from polyvisor.files import is_flocked, read_small, storage_errors, sync_directo
 from polyvisor.home import Home
 from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_json, record_from_json, record_to_json
 from polyvisor.spec.vm import check_name
+from polyvisor.waiting import pause
 
 ALIVE = "alive"
 SAVED = "saved"
@@ -173,7 +173,7 @@ class VMStore:
         while (fd := _try_lock(path)) is None:
             if time.monotonic() >= deadline:
                 raise Busy(f"VM '{name}' is busy: {_holder(path)}", hint="try again when that has ended")
-            await asyncio.sleep(_POLL_S)
+            await pause(_POLL_S)
         try:
             with contextlib.suppress(OSError):  # it is only for whoever wonders who holds the lock
                 os.ftruncate(fd, 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected, greeting
 from polyvisor.errors import PolyvisorError, TimedOut
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}
@@ -201,3 +201,37 @@ async def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
                     pass
         await asyncio.sleep(0.02)
         assert descriptors() <= before
+
+
+def never() -> bool:
+    return False
+
+
+async def test_a_greeting_is_enough_to_know_that_qemu_is_there(tmp_path: Path) -> None:
+    fake = FakeQemu(fine)
+    task = asyncio.create_task(greeting(tmp_path / "s", timeout_s=5, gone=never))
+    await asyncio.sleep(0.05)
+    async with listening(fake, tmp_path / "s"):
+        await task
+    assert fake.seen == []
+
+
+@pytest.mark.parametrize("said", [b"", b"\x00\xff\r\n", b"SSH-2.0-x\r\n", b"{}\r\n", b'{"QMP": 5}\r\n', b"x" * 9999])
+async def test_a_greeting_that_is_none_is_not_taken_for_one(tmp_path: Path, said: bytes) -> None:
+    began = time.monotonic()
+    async with listening(FakeQemu(fine, greeting=said), tmp_path / "s") as socket:
+        with pytest.raises(TimedOut, match="does not answer"):
+            await greeting(socket, timeout_s=0.2, gone=never)
+    assert time.monotonic() - began < 2
+
+
+async def test_no_greeting_is_waited_for_from_a_qemu_that_has_ended(tmp_path: Path) -> None:
+    gone: list[bool] = []
+    async with listening(FakeQemu(fine, greeting=b"{"), tmp_path / "s") as socket:
+        task = asyncio.create_task(greeting(socket, timeout_s=30, gone=lambda: bool(gone)))
+        await asyncio.sleep(0.05)
+        gone.append(True)
+        with pytest.raises(QMPLost, match="QEMU has ended"):
+            await task
+    with pytest.raises(QMPLost):
+        await greeting(tmp_path / "gone" / "s", timeout_s=30, gone=never)

@@ -7,15 +7,13 @@ a pid file without a process means a crash.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import os
 import signal
 import stat
-import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
@@ -23,16 +21,17 @@ from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, bu
 from polyvisor.drivers.qemu.devices import hostfwd
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
 from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi, version_numbers
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected, greeting
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, TimedOut, Unavailable, WrongState
 from polyvisor.files import storage_errors
 from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
 from polyvisor.operation import Progress
-from polyvisor.process import spawn_detached
+from polyvisor.process import Program, spawn_detached
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Firmware
 from polyvisor.status import Accelerator, Capabilities, VMState
+from polyvisor.waiting import pause
 
 START_S = 60.0
 ANSWER_S = 10.0
@@ -120,32 +119,17 @@ class QemuDriver:
         code = find_uefi()[0] if boot.firmware is Firmware.UEFI else None
         return Command(argv=qemu.complete(build_argv(qemu.binary, boot, code)), version=qemu.version)
 
-    async def start(self, vm: VMDirectory, command: Command, user: int | None) -> Observed:
-        """Run `command` in directory `vm` and wait until QEMU answers; raises CannotStart.
+    async def start(
+        self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Observed:
+        """Run `command` in directory `vm` and wait until QEMU greets; raises CannotStart.
 
         As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
         """
-        async with self._started(vm, command, user) as (pid, _):
-            return Observed(state=VMState.RUNNING, pid=pid)
-
-    @contextlib.asynccontextmanager
-    async def _started(self, vm: VMDirectory, command: Command, user: int | None) -> AsyncIterator[tuple[int, Monitor]]:
-        """The process and monitor of a new QEMU; where the block fails QEMU is ended, and CannotStart has its last words."""
-        with storage_errors(f"starting VM '{vm.name}'"):
-            for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
-                (vm.path / leftover).unlink(missing_ok=True)
-            process = _spawn(vm, command.argv, user)
-        try:
-            async with connected(
-                vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
-            ) as monitor:
-                yield process.pid, monitor
-        except (QMPLost, QMPRefused, TimedOut) as error:
-            _end(process)
-            raise CannotStart(_last_words(vm) or error.message, hint=_start_hint(vm)) from error
-        except BaseException:
-            _end(process)
-            raise
+        with _started(vm, command, user) as process:
+            meanwhile()
+            await greeting(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
+        return Observed(state=VMState.RUNNING, pid=process.pid)
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
         from polyvisor.drivers.qemu.migration import write_memory
@@ -169,9 +153,12 @@ class QemuDriver:
     ) -> Observed:
         from polyvisor.drivers.qemu.migration import read_memory
 
-        async with self._started(vm, command, user) as (pid, monitor):
-            await read_memory(monitor, file, os.fstat(file).st_size, progress)
-        return Observed(state=VMState.PAUSED, pid=pid)
+        with _started(vm, command, user) as process:
+            async with connected(
+                vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
+            ) as monitor:
+                await read_memory(monitor, file, os.fstat(file).st_size, progress)
+        return Observed(state=VMState.PAUSED, pid=process.pid)
 
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now: by its lock whether it lives, by QMP whether it runs."""
@@ -266,7 +253,24 @@ class QemuDriver:
             yield monitor
 
 
-def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _started(vm: VMDirectory, command: Command, user: int | None) -> Iterator[Program]:
+    """The process of a new QEMU; where the block fails it is ended, and CannotStart has its last words."""
+    with storage_errors(f"starting VM '{vm.name}'"):
+        for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
+            (vm.path / leftover).unlink(missing_ok=True)
+        process = _spawn(vm, command.argv, user)
+    try:
+        yield process
+    except (QMPLost, QMPRefused, TimedOut) as error:
+        _end(process)
+        raise CannotStart(_last_words(vm) or error.message, hint=_start_hint(vm)) from error
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None) -> Program:
     """Start QEMU so that it holds the lock on the VM's `alive` file from its first moment to its last."""
     alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -295,7 +299,7 @@ def _kvm_groups(argv: tuple[str, ...]) -> list[int]:
     return [group] if group else []  # root's own group would open more than that device
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Program) -> None:
     process.kill()
     process.wait()
 
@@ -349,7 +353,7 @@ async def _ended(vm: VMDirectory, timeout_s: float) -> bool:
     while vm.alive():
         if time.monotonic() > deadline:
             return False
-        await asyncio.sleep(_POLL_S)
+        await pause(_POLL_S)
     return True
 
 
@@ -393,4 +397,4 @@ async def _until(condition: Callable[[], Awaitable[bool]], timeout_s: float, pro
     while not await condition():
         if time.monotonic() > deadline:
             raise TimedOut(problem, hint="it may ignore the power button; use --force to press reset")
-        await asyncio.sleep(0.1)
+        await pause(0.1)

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyvisor.errors import PolyvisorError, TimedOut
+from polyvisor.waiting import event_loop, pause
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
 RETRY_S = 0.002
+_LONGEST_GREETING = 4096
 
 
 class QMPLost(PolyvisorError):
@@ -87,27 +90,79 @@ async def connected(
 
     Raises TimedOut after `timeout_s` seconds, and QMPLost as soon as `gone` says that QEMU has ended.
     """
+    await event_loop()
     import logging
 
     from qemu.qmp import QMPError
 
     # The library logs every lost connection as an error; here the caller is told by an exception.
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
-    try:
-        directory = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise QMPLost(f"{socket.parent} can't be entered: {error.strerror}") from error
-    try:
-        # By way of the descriptor the name fits into the 108 bytes of a socket address, however long the path.
-        address = f"/proc/self/fd/{directory}/{socket.name}"
+    with _address(socket) as address:
         client = await _client(address, time.monotonic() + timeout_s, gone)
-    finally:
-        os.close(directory)
     try:
         yield Monitor(client, timeout_s)
     finally:
         with contextlib.suppress(QMPError, OSError, EOFError):
             await client.disconnect()
+
+
+async def greeting(socket: Path, *, timeout_s: float, gone: Callable[[], bool]) -> None:
+    """Wait until QEMU greets whoever connects to `socket`: then the machine is set up. Raises TimedOut, QMPLost.
+
+    Nothing is said to it, so this does without the library and without asyncio, which take longer to load than QEMU.
+    """
+    deadline = time.monotonic() + timeout_s
+    with _address(socket) as address:
+        while not await _greets(address, lambda: gone() or time.monotonic() > deadline):
+            if gone():
+                raise QMPLost("QEMU has ended")
+            if time.monotonic() > deadline:
+                raise TimedOut("QEMU does not answer on its QMP socket")
+            await pause(RETRY_S)
+
+
+async def _greets(address: str, late: Callable[[], bool]) -> bool:
+    """Whether a greeting comes from `address` before it is too `late`; False, too, where nobody listens there yet."""
+    from socket import AF_UNIX, socket
+
+    heard = b""
+    with socket(AF_UNIX) as connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        connection.connect(address)
+        while b"\n" not in heard and len(heard) < _LONGEST_GREETING and not late():
+            try:
+                heard += (piece := connection.recv(_LONGEST_GREETING))
+            except BlockingIOError:
+                await pause(RETRY_S)
+            else:
+                if not piece:
+                    break
+    return _is_greeting(heard)
+
+
+def _is_greeting(line: bytes) -> bool:
+    """Whether it is a `QMP.Greeting` (docs/interop/qmp-spec.rst, 2.2)."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and isinstance(said.get("QMP"), dict)
+
+
+@contextlib.contextmanager
+def _address(socket: Path) -> Iterator[str]:
+    """Where to connect to `socket`; raises QMPLost where its directory is not to be had.
+
+    By way of the directory's descriptor the name fits into the 108 bytes of a socket address, however long the path.
+    """
+    try:
+        directory = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise QMPLost(f"{socket.parent} can't be entered: {error.strerror}") from error
+    try:
+        yield f"/proc/self/fd/{directory}/{socket.name}"
+    finally:
+        os.close(directory)
 
 
 async def _client(address: str, deadline: float, gone: Callable[[], bool]) -> QMPClient:
