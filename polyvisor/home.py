@@ -17,10 +17,10 @@ The home is $POLYVISOR_HOME; without it /var/lib/polyvisor for root and $XDG_DAT
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.files import make_directory, storage_errors
+from polyvisor.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ as events, and callers that don't care pass nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from polyvisor.values import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """Where a long verb stands: `done` of `total`, counted in `unit` ("B" is drawn as bytes)."""
 

@@ -14,11 +14,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from polyvisor.errors import ProcessFailed, TimedOut, Unavailable
+from polyvisor.values import dataclass
 from polyvisor.waiting import event_loop, pause
 
 Program = subprocess.Popen[bytes]

@@ -5,10 +5,11 @@ Nothing here is ever stored. Each value is made by looking, and is as old as the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 from polyvisor.spec.forward import Forward
+from polyvisor.values import dataclass
 
 
 class VMState(StrEnum):

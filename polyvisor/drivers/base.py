@@ -7,7 +7,6 @@ says how that VM is. It neither stores nor locks: `Host` does, and calls it with
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from polyvisor.operation import Progress
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import DeviceModel, Firmware, Mode, OnReboot
 from polyvisor.status import Capabilities, VMState
+from polyvisor.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

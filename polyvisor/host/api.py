@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import Check, Event, HostStatus, Saved, VMStatus
+from polyvisor.values import dataclass
 
 STOP_TIMEOUT_S = 60.0
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import structure, unstructure
 from polyvisor.spec.vm import VMSpec
+from polyvisor.values import dataclass
 
 FORMAT = 1
 

@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
 from polyvisor.spec.parse import structure
 from polyvisor.status import Saved, VMState
+from polyvisor.values import dataclass
 from polyvisor.waiting import event_loop
 
 _PIECE = 8 << 20

@@ -21,7 +21,6 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from polyvisor.files import is_flocked, read_small, storage_errors, sync_directo
 from polyvisor.home import Home
 from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_json, record_from_json, record_to_json
 from polyvisor.spec.vm import check_name
+from polyvisor.values import dataclass
 from polyvisor.waiting import pause
 
 ALIVE = "alive"

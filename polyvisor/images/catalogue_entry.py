@@ -11,7 +11,7 @@ images:
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from polyvisor.images.checksum import parse_checksum
 from polyvisor.images.formats import parse_format
 from polyvisor.images.image import Seed
 from polyvisor.images.store import check_image_name
+from polyvisor.values import dataclass
 
 MAX_FILE = 256 << 10
 MAX_ENTRIES = 1000

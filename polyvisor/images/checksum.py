@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from polyvisor.errors import InvalidInput
 from polyvisor.operation import Progress, Step, silent
+from polyvisor.values import dataclass
 
 _LENGTHS = {64: "sha256", 96: "sha384", 128: "sha512"}
 _WEAK = {32: "md5", 40: "sha1"}

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from polyvisor.values import dataclass
 
 _MAGIC = b"070701"
 _TRAILER = "TRAILER!!!"
 _LIMIT = 0xFFFFFFFF
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """A member of an archive, owned by root: `mode` with its file type bits (`stat.S_IFREG` …).
 

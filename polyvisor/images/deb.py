@@ -12,11 +12,11 @@ import lzma
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from io import BytesIO
 from typing import IO, cast
 
 from polyvisor.errors import ImageRefused
+from polyvisor.values import dataclass
 
 MAX_FILE = 256 << 20  # bytes; the largest file of interest is a kernel
 MAX_UNPACKED = 2 << 30  # bytes of one package
@@ -25,7 +25,7 @@ _AR_HEADER = 60
 _LINKS = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DebFile:
     """A regular file of a package (`target` is None) or a symbolic link to `target`, as written in it."""
 

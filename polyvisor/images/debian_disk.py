@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -11,6 +10,7 @@ from polyvisor.images import grub
 from polyvisor.images.fat import fat32
 from polyvisor.images.flavours import Flavour
 from polyvisor.images.partition import BIOS_BOOT, EFI_SYSTEM, LINUX_ROOT_X86_64, MIB, Partition, gpt
+from polyvisor.values import dataclass
 
 CONSOLES = "console=tty0 console=ttyS0,115200"
 """Kernel messages on both; the last one is /dev/console, and logins are on every one that exists."""

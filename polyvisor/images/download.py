@@ -22,7 +22,6 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,6 +31,7 @@ from polyvisor.images.checksum import Checksum, checksum_of
 from polyvisor.images.http import Interrupted, open_url, shown_url
 from polyvisor.images.worker import in_thread
 from polyvisor.operation import Progress, Step, silent
+from polyvisor.values import dataclass
 
 MAX_BYTES = 64 << 30
 ATTEMPTS = 5  # without a byte of progress

@@ -6,10 +6,11 @@ what Polyvisor needs on a host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from uuid import UUID
 
 from polyvisor.images import grub
+from polyvisor.values import dataclass
 
 SUITES = {"bookworm": "debian-12", "trixie": "debian-13"}
 # Polyvisor's needs on a host (docs/guide.md, "Other hosts"), and what its user does there by hand.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import binascii
 import struct
-from dataclasses import dataclass
+
+from polyvisor.values import dataclass
 
 _MAGIC = b"openssh-key-v1\0"
 _ALGORITHM = b"ssh-ed25519"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -31,6 +30,7 @@ from polyvisor.images.image import Image, ImageFile, Seed
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.images.worker import in_thread
 from polyvisor.operation import Progress, Step, silent
+from polyvisor.values import dataclass
 
 DISK = "disk.qcow2"
 _MIB = 1 << 20

@@ -9,11 +9,11 @@ from __future__ import annotations
 import gzip
 import lzma
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from polyvisor.errors import ImageRefused
 from polyvisor.images.deb import MAX_FILE
 from polyvisor.images.elf import modinfo
+from polyvisor.values import dataclass
 
 SUFFIXES = (".ko", ".ko.xz", ".ko.gz")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from polyvisor.errors import ImageRefused, NotFound
 from polyvisor.images.deb import DebFile, read_deb, resolve
 from polyvisor.images.elf import needed_libraries
 from polyvisor.images.mirror import Archive, Package
 from polyvisor.operation import Progress, silent
+from polyvisor.values import dataclass
 
 LIBRARIES = "lib/x86_64-linux-gnu"
 LOADER = "lib64/ld-linux-x86-64.so.2"

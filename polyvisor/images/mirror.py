@@ -13,7 +13,6 @@ import hashlib
 import lzma
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -23,6 +22,7 @@ from polyvisor.images.fetch import fetch
 from polyvisor.images.release import Release, verified_release
 from polyvisor.images.sources import parse_fields
 from polyvisor.operation import Progress, Step, silent
+from polyvisor.values import dataclass
 
 MAX_INRELEASE = 4 << 20  # bytes
 MAX_PACKAGES = 512 << 20  # bytes, uncompressed

@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from uuid import UUID
+
+from polyvisor.values import dataclass
 
 SECTOR = 512
 MIB = 1 << 20

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ from polyvisor.images.manifest import MANIFEST, MAX_MANIFEST, parse_manifest
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.images.worker import in_thread
 from polyvisor.operation import Progress, Step
+from polyvisor.values import dataclass
 
 SUFFIX = ".polyvisor.tar"
 _CHUNK = 1 << 20

@@ -14,7 +14,6 @@ import os
 import re
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from polyvisor.errors import ImageRefused, PolyvisorError, ProcessFailed, Unavai
 from polyvisor.files import storage_errors, translated
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import Completed, find_program, run
+from polyvisor.values import dataclass
 from polyvisor.wheel import from_wheel
 
 if TYPE_CHECKING:

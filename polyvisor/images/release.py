@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib import resources
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from polyvisor.errors import DownloadFailed
 from polyvisor.images.sources import parse_fields
 from polyvisor.process import find_program, run
+from polyvisor.values import dataclass
 
 HOST_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _BEGIN = b"-----BEGIN PGP SIGNED MESSAGE-----"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.files import storage_errors, write_atomic
 from polyvisor.images import cpio
 from polyvisor.images.hostkey import HostKey
+from polyvisor.values import dataclass
 
 DIRECTORY = "etc/polyvisor"
 _VOLUME = "cidata"

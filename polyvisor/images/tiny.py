@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.errors import ImageRefused
@@ -21,6 +20,7 @@ from polyvisor.images.mirror import Archive, Package, open_archive
 from polyvisor.images.sources import default_mirror
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.operation import Progress, Step, silent
+from polyvisor.values import dataclass
 
 KERNEL = "linux-image-cloud-amd64"
 PACKAGES = ("busybox-static", "dropbear-bin", "openssh-sftp-server", "openssh-client")

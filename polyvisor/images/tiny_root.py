@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 
 from polyvisor.errors import ImageRefused
 from polyvisor.images import cpio, kmod
+from polyvisor.values import dataclass
 
 # Both families of paravirtual drivers: one image boots on QEMU and on Xen.
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "xen_blkfront", "xen_netfront")

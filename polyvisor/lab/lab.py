@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.errors import AlreadyExists, CannotStart, NotFound, ProcessFailed
@@ -26,6 +26,7 @@ from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import VMSpec
 from polyvisor.ssh import execute
 from polyvisor.status import VMState, VMStatus
+from polyvisor.values import dataclass
 
 BOOT_S = 900.0
 GUEST_IMAGE = "tiny"

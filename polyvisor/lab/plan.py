@@ -7,11 +7,11 @@ packages are fetched; one on a private network, on which they reach each other u
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from enum import StrEnum
 
 from polyvisor.errors import InvalidInput
 from polyvisor.spec.vm import NESTED, Nic, VMSpec
+from polyvisor.values import dataclass
 
 LABEL = "polyvisor.lab"
 NETWORK = "private:lab"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput, NotFound, PolyvisorError
 from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.spec.parse import structure, unstructure
+from polyvisor.values import dataclass
 
 FORMAT = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?\Z")

@@ -16,13 +16,13 @@ import inspect
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from polyvisor.errors import InvalidInput, PolyvisorError, ProcessFailed, ProtocolError, shortened
 from polyvisor.host.api import HostApi
 from polyvisor.spec.parse import convert, unstructure
+from polyvisor.values import dataclass
 
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD = -32700, -32600, -32601
 FAILED = -32000  # the verb raised a PolyvisorError, which `data` describes

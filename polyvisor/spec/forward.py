@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from polyvisor.errors import InvalidInput, shortened
+from polyvisor.values import dataclass
 
 _FORMS = "write HOST_PORT:GUEST_PORT, ADDRESS:HOST_PORT:GUEST_PORT or :GUEST_PORT, with /udp at the end for UDP"
 

@@ -7,12 +7,13 @@ flag of the command line and the line in the documentation. Values that can't be
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any
 
 from polyvisor.errors import InvalidInput
 from polyvisor.spec.forward import parse_forward
+from polyvisor.values import dataclass
 
 MAX_VCPUS = 255
 MIN_MEMORY_MIB = 16

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.status import Accelerator, Check, CheckResult
+from polyvisor.values import dataclass
 
 DEVICE = Path("/dev/kvm")
 CPUINFO = Path("/proc/cpuinfo")

@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.errors import ProcessFailed, Unavailable
 from polyvisor.files import write_atomic
 from polyvisor.process import install_command, run
+from polyvisor.values import dataclass
 from polyvisor.wheel import from_wheel
 
 MINIMUM = (7, 2)

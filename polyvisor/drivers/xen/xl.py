@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from polyvisor.errors import ProcessFailed, Unavailable
 from polyvisor.process import run
+from polyvisor.values import dataclass
 
 # The kernel of a dom0 says so here, and mounts xenfs at /proc/xen (Documentation/ABI/stable/sysfs-hypervisor-xen).
 _TYPE = Path("/sys/hypervisor/type")

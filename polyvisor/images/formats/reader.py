@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, BinaryIO, Never
 
 from polyvisor.errors import ImageRefused
+from polyvisor.values import dataclass
 
 SECTOR = 512
 GIB = 1 << 30

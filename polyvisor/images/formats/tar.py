@@ -9,9 +9,9 @@ is refused.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from polyvisor.images.formats.reader import SECTOR, Reader
+from polyvisor.values import dataclass
 
 MAGIC = b"ustar"  # at offset 257
 MAGIC_OFFSET = 257
