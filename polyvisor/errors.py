@@ -196,6 +196,8 @@ def shortened(value: object, limit: int = 60) -> str:
 
 def one_line(text: str) -> str:
     """`text` on one line, for a terminal: what would not print, or would steer the terminal, is escaped."""
+    if text.isprintable():  # as most are, and a list has thousands
+        return text
     return escaped(" ".join(text.replace("\t", " ").splitlines()))
 
 

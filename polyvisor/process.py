@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from polyvisor.errors import ProcessFailed, TimedOut, Unavailable
 from polyvisor.values import dataclass
 from polyvisor.waiting import event_loop, pause
 
-Program = subprocess.Popen[bytes]
+if TYPE_CHECKING:
+    Program = subprocess.Popen[bytes]
 _POLL_S = 0.002
 
 
@@ -36,10 +36,20 @@ class Completed:
 
 def find_program(name: str, *, package: str, also: Sequence[str] = ("/usr/sbin", "/sbin")) -> str:
     """The path of program `name`, from PATH or `also`; raises Unavailable with the package to install."""
-    path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(also))
+    path = which(name) or which(name, also)
     if path is None:
         raise Unavailable(f"the program '{name}' is not installed", hint=f"install it: {install_command(package)}")
     return path
+
+
+def which(name: str, directories: Sequence[str] = ()) -> str | None:
+    """The path of program `name`: itself where it is a path, else where it lies in `directories` (by default in PATH).
+
+    As shutil's, whose import would take longer than all programs that a start needs to be found.
+    """
+    places = [""] if os.sep in name else directories or os.get_exec_path()
+    found = (os.path.join(place, name) for place in places)  # noqa: PTH118
+    return next((path for path in found if os.access(path, os.X_OK) and not os.path.isdir(path)), None)  # noqa: PTH112
 
 
 def install_command(package: str) -> str:

@@ -1,8 +1,9 @@
 """What makes the command line start quickly, in one place; everything else imports and runs as usual.
 
-asyncio is most of what there is to load, and listing VMs of which none is alive can do without it. So `quicken` puts a
+asyncio is most of what there is to load, and most verbs can do without it, or until QEMU has been started. So `quicken` puts a
 module in its place that loads it at its first use, and `ready` loads it without TLS, which it knows to do without and
-nothing here uses through it. The same holds for inspect, which dataclasses need for classes without a docstring alone.
+nothing here uses through it. The same holds for inspect, which dataclasses need for classes without a docstring alone,
+and for others that are imported in many places and seldom used.
 (importlib.util.LazyLoader is meant for this, but before Python 3.12 the second module that imports the deferred one already
 counts as a use.) Until `ready` no garbage is collected: nothing that is imported becomes any, and looking for it would take
 a tenth of the time.
@@ -19,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-NAMES = ("asyncio", "inspect")
+NAMES = ("asyncio", "inspect", "shutil", "subprocess")
 
 
 class _Deferred(ModuleType):

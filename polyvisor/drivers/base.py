@@ -106,6 +106,9 @@ class Driver(Protocol):
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now. Needs no lock."""
 
+    def ended(self, vm: VMDirectory) -> Observed:
+        """How a VM is that is not alive: a list of many looks no closer than it has to. Needs no lock."""
+
     async def shutdown(self, vm: VMDirectory) -> None:
         """Ask the guest to shut down (the power button); returns at once."""
 

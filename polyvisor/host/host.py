@@ -295,7 +295,9 @@ class Host:
         # Those that are alive are asked all at once; there is nothing to wait for with the others, often the most.
         alive = [vm for vm in directories if vm.alive()]
         asked = await self._ask_all(alive) if alive else {}
-        statuses = [asked[vm] if vm in asked else await self._status_or_reason(vm) for vm in directories]
+        statuses = [
+            asked[vm.name] if vm.name in asked else await self._status_or_reason(vm, alive=False) for vm in directories
+        ]
         return [status for status in statuses if status is not None]
 
     async def show(self, name: str) -> Details:
@@ -322,14 +324,15 @@ class Host:
         async for event in changes(self, names):
             yield event
 
-    async def _ask_all(self, vms: Sequence[VMDirectory]) -> dict[VMDirectory, VMStatus | None]:
+    async def _ask_all(self, vms: Sequence[VMDirectory]) -> dict[str, VMStatus | None]:
         await event_loop()
-        return dict(zip(vms, await asyncio.gather(*map(self._status_or_reason, vms)), strict=True))
+        statuses = await asyncio.gather(*(self._status_or_reason(vm, alive=True) for vm in vms))
+        return dict(zip((vm.name for vm in vms), statuses, strict=True))
 
-    async def _status_or_reason(self, vm: VMDirectory) -> VMStatus | None:
+    async def _status_or_reason(self, vm: VMDirectory, *, alive: bool) -> VMStatus | None:
         """The status of a VM in a list: one that can't be read is shown with the reason, one just removed is left out."""
         try:
-            return await self._status(vm)
+            return self._status_of(vm, await self.driver.inspect(vm) if alive else self.driver.ended(vm))
         except NotFound:
             return None
         except PolyvisorError as error:

@@ -12,11 +12,15 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polyvisor.errors import PolyvisorError
 from polyvisor.files import storage_errors, take_flock
 from polyvisor.images.hostkey import HostKey
-from polyvisor.process import Program, begin, ended, find_program, run
+from polyvisor.process import begin, ended, find_program, run
+
+if TYPE_CHECKING:
+    from polyvisor.process import Program
 
 SSH = "ssh"
 HOST_KEY = "host_key"

@@ -424,7 +424,8 @@ def imported(words: list[str] | None) -> set[str]:
     """Modules that are loaded when the command has ended; None only imports it."""
     call = "" if words is None else f"cli.main({words!r})"
     code = (
-        "import atexit, sys\n"
+        "import atexit, os, sys\n"
+        "os._exit = sys.exit  # the command ends without taking itself apart\n"
         "atexit.register(lambda: print('\\n'.join(sys.modules), file=sys.stderr))\n"
         f"import polyvisor.cli.main as cli\n{call}"
     )

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
 from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
@@ -27,11 +28,14 @@ from polyvisor.files import storage_errors
 from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
 from polyvisor.operation import Progress
-from polyvisor.process import Program, spawn_detached
+from polyvisor.process import spawn_detached
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Firmware
 from polyvisor.status import Accelerator, Capabilities, VMState
 from polyvisor.waiting import pause
+
+if TYPE_CHECKING:
+    from polyvisor.process import Program
 
 START_S = 60.0
 ANSWER_S = 10.0
@@ -163,17 +167,27 @@ class QemuDriver:
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now: by its lock whether it lives, by QMP whether it runs."""
         if not vm.alive():
-            return _observe_dead(vm)
+            return self.ended(vm)
         pid = _pid(vm)
         try:
             async with self._monitor(vm, OBSERVE_SOCKET, OBSERVE_S) as monitor:
                 run_state = await monitor.run_state()
         except (QMPLost, TimedOut, OSError) as error:
             if not vm.alive():
-                return _observe_dead(vm)
+                return self.ended(vm)
             return Observed(state=VMState.UNRESPONSIVE, reason=str(error), pid=pid)
         state = _STATES.get(run_state, VMState.UNRESPONSIVE)
         return Observed(state=state, reason=_REASONS.get(run_state), pid=pid)
+
+    def ended(self, vm: VMDirectory) -> Observed:
+        """A VM without a process: stopped in good order, or crashed, and why."""
+        if not os.path.exists(f"{vm.path}/{PID_FILE}") or (launch := vm.launch()) is None:  # noqa: PTH110 - quicker, for long lists
+            return Observed(state=VMState.STOPPED)
+        if launch.boot_id != boot_id():
+            return Observed(state=VMState.CRASHED, reason="the host went down while it ran")
+        said = _last_words(vm)
+        killed = "its process was killed (by someone, or by the kernel for want of memory: see dmesg)"
+        return Observed(state=VMState.CRASHED, reason=f"QEMU said: {said}" if said else killed)
 
     async def shutdown(self, vm: VMDirectory) -> None:
         async with self._monitor(vm) as monitor:
@@ -314,17 +328,6 @@ def _pid(vm: VMDirectory) -> int | None:
             os.close(fd)
     except (OSError, ValueError):
         return None
-
-
-def _observe_dead(vm: VMDirectory) -> Observed:
-    """A VM without a process: stopped in good order, or crashed, and why."""
-    if not os.path.exists(f"{vm.path}/{PID_FILE}") or (launch := vm.launch()) is None:  # noqa: PTH110 - quicker, for long lists
-        return Observed(state=VMState.STOPPED)
-    if launch.boot_id != boot_id():
-        return Observed(state=VMState.CRASHED, reason="the host went down while it ran")
-    said = _last_words(vm)
-    killed = "its process was killed (by someone, or by the kernel for want of memory: see dmesg)"
-    return Observed(state=VMState.CRASHED, reason=f"QEMU said: {said}" if said else killed)
 
 
 def _last_words(vm: VMDirectory) -> str | None:

