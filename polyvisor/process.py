@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -216,5 +216,5 @@ def spawn_detached(
         umask=0o077,
     )
     # Whoever starts VMs and stays (a server, a test) must also bury them.
-    threading.Thread(target=process.wait, daemon=True).start()
+    start_new_thread(process.wait, ())  # threading's would wait for it to be begun
     return process

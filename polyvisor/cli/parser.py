@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 from typing import Any, NoReturn
 
 from polyvisor.errors import InvalidInput, PolyvisorError
@@ -25,12 +26,18 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError instead of printing its usage and exiting."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        # argparse makes a formatter for every flag, to try out its metavar; that need not measure the terminal each time.
+        options.setdefault("formatter_class", partial(argparse.HelpFormatter, width=80))
         # A flag that is cut short would change its meaning with the next flag that begins like it.
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
         # Every verb, and every verb below a verb, takes these. They may stand on either side of it, so none has a default.
         for flag, about in COMMON.items():
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=about)
         self.add_argument(HOST, metavar="HOST", dest="on_host", default=argparse.SUPPRESS, help=ON_HOST)
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(_shorter(message), hint=_nearest(message) or f"{self.prog} --help tells more")
