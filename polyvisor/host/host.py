@@ -222,11 +222,8 @@ class Host:
                 forwards=tuple(forward for nic in boot.nics for forward in nic.forwards),
             )
         )
-        reserve = Reserve(self.home.keys)
-        try:
+        async with Reserve(self.home.keys) as reserve:
             return await self.driver.start(vm, command, record.user, meanwhile=reserve.begin)
-        finally:
-            await reserve.end()
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         async with self._locked(name, "stop") as vm:
@@ -291,13 +288,11 @@ class Host:
         return self.store.names()
 
     async def vms(self) -> list[VMStatus]:
-        directories = [VMDirectory(self.home.vms / name) for name in self.store.names()]
+        every = [VMDirectory(self.home.vms / name) for name in self.store.names()]
         # Those that are alive are asked all at once; there is nothing to wait for with the others, often the most.
-        alive = [vm for vm in directories if vm.alive()]
+        alive = [vm for vm in every if vm.alive()]
         asked = await self._ask_all(alive) if alive else {}
-        statuses = [
-            asked[vm.name] if vm.name in asked else await self._status_or_reason(vm, alive=False) for vm in directories
-        ]
+        statuses = [asked[v.name] if v.name in asked else await self._status_or_reason(v, alive=False) for v in every]
         return [status for status in statuses if status is not None]
 
     async def show(self, name: str) -> Details:

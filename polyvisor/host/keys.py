@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from polyvisor.errors import PolyvisorError
 from polyvisor.files import storage_errors, take_flock
@@ -51,7 +51,7 @@ async def give_host_key(vm: Path, keys: Path) -> None:
 
 
 class Reserve:
-    """Sees to it that there is a host key in reserve, while its user waits for something else.
+    """Sees to it that there is a host key in reserve: `begin` has it made, the end of an `async with` takes it in.
 
     It is no failure if that fails, and where somebody else has the keys in hand it is left to them.
     """
@@ -74,7 +74,10 @@ class Reserve:
                 self._made.mkdir(mode=0o700)
                 self._keygen = begin(_host_key_argv(self._made))
 
-    async def end(self) -> None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         with self._held, contextlib.suppress(PolyvisorError, OSError):
             if self._keygen is not None and await ended(self._keygen, timeout_s=KEYGEN_S) == 0:
                 self._made.rename(self._place)
