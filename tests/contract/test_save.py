@@ -15,7 +15,7 @@ from polyvisor.spec.vm import Disk, VMSpec
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, guest
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu]
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 COUNT = (

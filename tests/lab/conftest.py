@@ -40,7 +40,7 @@ HOMES = 100
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # saved again as soon as may be: emulated hosts are never quite idle
 def lab(cache: Path, tiny: Image) -> Iterator[Lab]:
     """The lab, both its hosts up; saved again afterwards."""
     demand = os.environ.get("POLYVISOR_TEST_LAB", "")
@@ -102,7 +102,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("client"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def homes(lab: Lab) -> Iterator[str]:
     """A directory on lab-kvm1 with a home for each test, all with the images of the host's own."""
     directory = f"/var/tmp/homes-{uuid.uuid4().hex[:8]}"

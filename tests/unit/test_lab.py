@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,12 @@ from polyvisor.spec.vm import VMSpec
 from polyvisor.status import VMState
 
 [KVM1] = lab_hosts(1, 0)
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (TESTS / "contract").glob("test_*.py")))
+def test_the_whole_contract_is_tested_in_the_lab(module: str) -> None:
+    assert f"from tests.contract.{module} import *" in (TESTS / "lab" / "test_lab.py").read_text()
 
 
 @pytest.fixture
