@@ -18,7 +18,7 @@ from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.host.api import SSHTarget
 from polyvisor.host.host import Host
 from polyvisor.host.keys import read_host_key
-from polyvisor.lab.plan import LABEL, SUITES, Kind, LabHost, image_name, lab_spec
+from polyvisor.lab.plan import LABEL, SUITES, Kind, LabHost, freeze_script, image_name, lab_spec, thaw_script
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.remote.address import Entry, Hosts
 from polyvisor.remote.host import RemoteHost
@@ -97,17 +97,17 @@ class Lab:
 
     async def down(self, *, shut_down: bool = False, progress: Progress = silent) -> list[LabStatus]:
         """Save every host of the lab that runs, or shut it down; its memory is free then."""
-        alive = [host for host, status in await self.members() if status.state.alive]
-        ticker = _Ticker(progress, [host.name for host in alive])
+        alive = [(host, status) for host, status in await self.members() if status.state.alive]
+        ticker = _Ticker(progress, [host.name for host, _ in alive])
 
-        async def end(host: LabHost) -> None:
+        async def end(host: LabHost, status: VMStatus) -> None:
             if shut_down:
                 await self.host.stop(host.name, progress=ticker.of(host.name))
             else:
-                await self.host.save(host.name, ticker.of(host.name))
+                await self._save(host, status, ticker.of(host.name))
             ticker.ready(host.name)
 
-        await _all(end(host) for host in alive)
+        await _all(end(host, status) for host, status in alive)
         return await self.status()
 
     async def remove(self) -> list[str]:
@@ -145,28 +145,37 @@ class Lab:
     async def _bring_up(self, host: LabHost, settings: _Settings, ticker: _Ticker) -> None:
         progress = ticker.of(host.name)
         if self._is_there(host, settings):
-            was_running = (await self.host.show(host.name)).status.running
             await self.host.start(host.name, progress)
         else:
-            was_running = False
             await self.host.run(lab_spec(host, settings.suite, settings.vcpus, settings.memory_mib), progress)
         target = await self.host.wait_for_ssh(host.name, timeout_s=BOOT_S, progress=progress)
-        if not was_running:
-            await self._set_clock(host)
+        progress(Step("setting its clock"))
+        await self._shell(host, thaw_script(host.kind, time.time()))
         entry = self._entry(host, target)
         if self.hosts.find(host.name) is None:
             await self._make_ready(host, entry, progress)
         self.hosts.add(entry)
         ticker.ready(host.name)
 
-    async def _set_clock(self, host: LabHost) -> None:
-        """A host that was saved still has the time of that moment."""
-        await self._do(host, ["date", "--utc", "--set", f"@{time.time():.3f}"], _ANSWER_S)
+    async def _save(self, host: LabHost, status: VMStatus, progress: Progress) -> None:
+        """Save a host with its guests standing still; they go on where that fails."""
+        if (
+            not status.running or host.name not in self.hosts.names()
+        ):  # paused itself, or nobody has had guests there yet
+            await self.host.save(host.name, progress)
+            return
+        progress(Step("stopping its guests"))
+        await self._shell(host, freeze_script(host.kind))
+        try:
+            await self.host.save(host.name, progress)
+        except BaseException:
+            await asyncio.shield(self._shell(host, thaw_script(host.kind, time.time())))
+            raise
 
     async def _make_ready(self, host: LabHost, entry: Entry, progress: Progress) -> None:
         """Wait until everything on a new host runs, prove that it runs VMs, and give it what first guests need."""
         progress(Step("waiting for its services"))
-        await self._do(host, ["systemctl", "is-system-running", "--wait"], _SETTLE_S, may_fail=True)
+        await self._shell(host, "systemctl is-system-running --wait || true", _SETTLE_S)
         remote = RemoteHost(entry, self.host.home)
         try:
             progress(Step("looking at its hypervisor"))
@@ -182,10 +191,12 @@ class Lab:
         finally:
             await remote.close()
 
-    async def _do(self, host: LabHost, argv: Sequence[str], timeout_s: float, *, may_fail: bool = False) -> None:
+    async def _shell(self, host: LabHost, script: str, timeout_s: float = _ANSWER_S) -> None:
+        """Run `script` as root of a host; raises ProcessFailed, TimedOut."""
+        argv = ["sh", "-c", script]
         completed = await execute(self.host, host.name, argv, timeout_s=timeout_s)
-        if completed.status and not may_fail:
-            raise ProcessFailed(argv, completed.status, completed.stderr)
+        if completed.status:
+            raise ProcessFailed([host.name, *argv], completed.status, completed.stderr)
 
     def _entry(self, host: LabHost, target: SSHTarget) -> Entry:
         """How SSH reaches the host; ports may change from one start to the next, so it is written anew each time."""

@@ -53,6 +53,35 @@ class LabHost:
 _KINDS = tuple(Kind)
 
 
+# Emulated hosts can be saved while none of their vCPUs executes a guest. So guests are stopped before, and go on afterwards;
+# those that somebody had paused stay so.
+_FROZEN = "/run/polyvisor-frozen"
+_FREEZE = {
+    Kind.KVM: "pkill -STOP -f '[q]emu-system' || true",
+    Kind.XEN: f"""xl list | awk 'NR > 2 && $5 !~ /p/ {{ print $2 }}' > {_FROZEN}
+while read -r domain; do xl pause "$domain"; done < {_FROZEN}""",
+}
+_THAW = {
+    Kind.KVM: "pkill -CONT -f '[q]emu-system' || true",
+    Kind.XEN: f"""[ -e {_FROZEN} ] || exit 0
+while read -r domain; do xl unpause "$domain"; done < {_FROZEN}
+rm {_FROZEN}""",
+}
+
+
+def freeze_script(kind: Kind) -> str:
+    """What stops the guests of a host, for its shell."""
+    return _FREEZE[kind]
+
+
+def thaw_script(kind: Kind, now_s: float) -> str:
+    """What sets a host's clock to `now_s` (seconds since the epoch), and lets guests that were stopped go on.
+
+    A host that was saved still has the time of that moment.
+    """
+    return f"date --utc --set @{now_s:.3f} >/dev/null\n{_THAW[kind]}"
+
+
 def lab_hosts(kvm: int, xen: int) -> list[LabHost]:
     """So many hosts of each kind; raises InvalidInput for none at all, or too many."""
     counts = {Kind.KVM: kvm, Kind.XEN: xen}

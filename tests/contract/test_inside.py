@@ -191,6 +191,8 @@ async def test_events_are_seen(api: HostApi, spec: VMSpec) -> None:
     await api.remove(spec.name, force=True)
     await asyncio.sleep(1.2)
     watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
     # Between the end of its process and its removal it may be seen as stopped.
     assert [event for event in seen if event != "stopped"] == ["created", "running", "paused", "removed"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from polyvisor.errors import WrongState
 from polyvisor.home import Home
 from polyvisor.host.api import HostApi
 from polyvisor.lab.lab import Lab
@@ -63,14 +65,27 @@ async def test_the_command_line_uses_them_as_hosts(lab: Lab) -> None:
 
 
 async def test_saved_hosts_are_there_again_as_they_were(lab: Lab, api: HostApi, spec: VMSpec) -> None:
-    """Also the guest that runs on one of them."""
+    """Also the guest that runs on one of them, and had much to do."""
     await api.run(spec)
-    await guest(api, spec.name, "echo kept > /tmp/note")
+    await guest(api, spec.name, "echo kept > /tmp/note; (while true; do :; done) >/dev/null 2>&1 &")
     before = await guest(api, spec.name, "cat /proc/sys/kernel/random/boot_id")
     await api.close()
     assert {status.state for status in await lab.down()} == {VMState.SAVED}
     assert {status.state for status in await lab.up(lab_hosts(1, 1))} == {VMState.RUNNING}
     assert await guest(api, spec.name, "cat /tmp/note /proc/sys/kernel/random/boot_id") == f"kept\n{before}"
+    await api.remove(spec.name, force=True)
+
+
+async def test_a_host_in_the_midst_of_a_guest_is_not_saved_for_good(lab: Lab, api: HostApi, spec: VMSpec) -> None:
+    """Emulation could not read it back: the save is refused and all goes on, unless it met a better moment."""
+    await api.run(spec)
+    await guest(api, spec.name, "(while true; do :; done) >/dev/null 2>&1 &")
+    await api.close()
+    with contextlib.suppress(WrongState):
+        await lab.host.save("lab-kvm1")
+    assert (await lab.up(lab_hosts(1, 0)))[0].state is VMState.RUNNING
+    assert (await api.show(spec.name)).status.running
+    assert await guest(api, spec.name, "hostname") == spec.name
     await api.remove(spec.name, force=True)
 
 

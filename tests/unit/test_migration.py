@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from polyvisor.drivers.base import BootNic
-from polyvisor.drivers.qemu.migration import read_memory, restoring_argv, write_memory
+from polyvisor.drivers.qemu.migration import read_memory, restoring_argv, runs_guest, write_memory
 from polyvisor.drivers.qemu.programs import Qemu
 from polyvisor.drivers.qemu.qmp import QMPRefused, connected
 from polyvisor.errors import PolyvisorError, StorageFull, Unsupported, WrongState
@@ -147,3 +147,28 @@ def test_another_qemu_takes_the_arguments_over(tmp_path: Path) -> None:
     packed = Qemu(str(wheel), "9.0").complete(("x", "-m", "1"))
     assert Qemu("/usr/bin/qemu", "9.1").renewed(packed) == ("/usr/bin/qemu", "-m", "1")
     assert Qemu(str(wheel), "9.0").renewed(("/usr/bin/qemu", "-m", "1"))[2:3] == (str(wheel),)
+
+
+def section(name: bytes, hflags: int) -> bytes:
+    """A device as it stands in a migration stream, as a CPU's begins."""
+    registers = bytes(range(18 * 8))
+    header = b"\x04" + (7).to_bytes(4, "big") + bytes([len(name)]) + name + bytes(4) + (12).to_bytes(4, "big")
+    return header + registers + hflags.to_bytes(4, "big") + bytes(500)
+
+
+@pytest.mark.parametrize(
+    ("sections", "runs"),
+    [
+        ([section(b"cpu", 0x1050C2B3)], False),
+        ([section(b"cpu", 0x0070C2B0)], True),
+        ([section(b"cpu", 0x1050C2B3), section(b"cpu", 0x0070C2B0)], True),
+        ([section(b"apic", 0x0070C2B0), section(b"cpu", 0)], False),
+        ([], False),
+    ],
+)
+def test_a_vcpu_that_executed_a_guest_is_seen(tmp_path: Path, sections: list[bytes], runs: bool) -> None:
+    """The flags are those of real streams of an emulated KVM host."""
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(9 << 20) + b"".join(sections) + b"{vmdesc}")
+    with path.open("ab") as file:
+        assert runs_guest(file.fileno()) is runs

@@ -136,13 +136,17 @@ class QemuDriver:
         return Observed(state=VMState.RUNNING, pid=process.pid)
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
-        from polyvisor.drivers.qemu.migration import write_memory
+        from polyvisor.drivers.qemu.migration import runs_guest, write_memory
 
         try:
             async with self._monitor(vm) as monitor:
-                return await write_memory(monitor, file, progress)
+                machine = await write_memory(monitor, file, progress)
         except QMPLost as error:
             raise PolyvisorError(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+        if (launch := vm.launch()) and launch.hypervisor == "tcg" and runs_guest(file):
+            hint = "pause or stop the VMs in it first (polyvisor lab down does); one that idles may do with another try"
+            raise WrongState("emulation can't read it back: a VM was running in it at that moment", hint=hint)
+        return machine
 
     async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
         from polyvisor.drivers.qemu.migration import restoring_argv

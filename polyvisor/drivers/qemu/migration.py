@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ _FILE_IN_SET = (9, 1)
 _UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 # In these run states the vCPUs stand still until they are told to go on, in the others a guest may wake by itself.
 _SAVABLE = ("running", "paused", "io-error", "postmigrate")
+_DEVICES_BYTES = 4 << 20  # they come after the memory, and take a tenth of that
+_CPU_SECTION = re.compile(rb"\x04.{4}\x03cpu.{8}", re.DOTALL)
+_HFLAGS = 18 * 8
+_HF_GUEST = 1 << 21
 _INCOMING = ("-S", "-incoming", "defer")
 
 
@@ -103,6 +108,23 @@ async def _asked_while_reading(monitor: Monitor, file: int, size: int, progress:
         return (await asked).get("status")
     finally:
         asked.cancel()
+
+
+def runs_guest(file: int) -> bool:
+    """Whether one of the vCPUs in the open file that `write_memory` wrote was executing a guest of its own.
+
+    Emulation writes such a state (HF_GUEST_MASK in `hflags`) and refuses to read it: QEMU's target/i386/machine.c takes every
+    vCPU in guest mode for one of KVM's. A section is 4, its number, its name, instance and version; that of a CPU begins
+    with 16 registers, eip and eflags (`vmstate_x86_cpu`), all in network byte order.
+    """
+    copy = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)  # the caller's is for writing alone
+    try:
+        size = os.fstat(copy).st_size
+        tail = os.pread(copy, _DEVICES_BYTES, max(0, size - _DEVICES_BYTES))
+    finally:
+        os.close(copy)
+    places = (found.end() + _HFLAGS for found in _CPU_SECTION.finditer(tail))
+    return any(int.from_bytes(tail[place : place + 4], "big") & _HF_GUEST for place in places)
 
 
 async def end_migration(monitor: Monitor) -> None:
