@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polyvisor.errors import ProcessFailed, TimedOut, Unavailable
-from polyvisor.process import find_program, install_command, run, spawn_detached
+from polyvisor.process import find_program, install_command, run, spawn_detached, which
 
 
 def sh(script: str) -> list[str]:
@@ -150,3 +150,20 @@ def test_a_detached_program_is_alone(tmp_path: Path) -> None:
     assert str(tmp_path) in said
     assert (tmp_path / "kept").read_text() == "to-kept\n"
     assert os.getsid(0) != process.pid
+
+
+def test_programs_are_found_as_a_shell_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for place in first, second:
+        place.mkdir()
+        (place / "both").touch(mode=0o755)
+    (first / "data").touch(mode=0o644)
+    (second / "data").touch(mode=0o755)
+    (first / "place").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/missing:{first}:{second}")
+    assert which("both") == f"{first}/both"
+    assert which("place") is None
+    assert which("both", (str(second),)) == f"{second}/both"
+    assert which(f"{second}/both") == f"{second}/both"
+    assert which(f"{second}/none") is None
+    assert which("data") == f"{second}/data"

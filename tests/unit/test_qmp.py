@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected, greeting
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected
 from polyvisor.errors import PolyvisorError, TimedOut
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}
@@ -207,31 +207,52 @@ def never() -> bool:
     return False
 
 
-async def test_a_greeting_is_enough_to_know_that_qemu_is_there(tmp_path: Path) -> None:
+async def test_an_answer_is_waited_for_without_the_library(tmp_path: Path) -> None:
     fake = FakeQemu(fine)
-    task = asyncio.create_task(greeting(tmp_path / "s", timeout_s=5, gone=never))
+    task = asyncio.create_task(answer(tmp_path / "s", timeout_s=5, gone=never))
     await asyncio.sleep(0.05)
     async with listening(fake, tmp_path / "s"):
         await task
+    assert [command["execute"] for command in fake.seen] == ["qmp_capabilities"]
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"\x00\xff\r\n", b"SSH-2.0-x\r\n", b"{}\r\n", b'{"QMP": 5}\r\n', b"[]\r\n", b"x" * 9999]
+)
+async def test_a_greeting_that_is_none_is_not_answered(tmp_path: Path, said: bytes) -> None:
+    began = time.monotonic()
+    fake = FakeQemu(fine, greeting=said)
+    async with listening(fake, tmp_path / "s") as socket:
+        with pytest.raises(TimedOut, match="does not answer"):
+            await answer(socket, timeout_s=0.2, gone=never)
+    assert time.monotonic() - began < 2
     assert fake.seen == []
 
 
-@pytest.mark.parametrize("said", [b"", b"\x00\xff\r\n", b"SSH-2.0-x\r\n", b"{}\r\n", b'{"QMP": 5}\r\n', b"x" * 9999])
-async def test_a_greeting_that_is_none_is_not_taken_for_one(tmp_path: Path, said: bytes) -> None:
-    began = time.monotonic()
-    async with listening(FakeQemu(fine, greeting=said), tmp_path / "s") as socket:
-        with pytest.raises(TimedOut, match="does not answer"):
-            await greeting(socket, timeout_s=0.2, gone=never)
-    assert time.monotonic() - began < 2
+async def test_a_qemu_that_greets_and_then_ends_has_not_answered(tmp_path: Path) -> None:
+    """It greets from a thread of its own while it sets the machine up, which may fail."""
+    gone: list[bool] = []
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps(GREETING).encode() + b"\r\n")
+        await reader.readline()
+        await asyncio.sleep(0.05)
+        gone.append(True)
+        writer.close()
+
+    server = await asyncio.start_unix_server(greet, tmp_path / "s")
+    with pytest.raises(QMPLost, match="QEMU has ended"):
+        await answer(tmp_path / "s", timeout_s=30, gone=lambda: bool(gone))
+    server.close()
 
 
-async def test_no_greeting_is_waited_for_from_a_qemu_that_has_ended(tmp_path: Path) -> None:
+async def test_no_answer_is_waited_for_from_a_qemu_that_has_ended(tmp_path: Path) -> None:
     gone: list[bool] = []
     async with listening(FakeQemu(fine, greeting=b"{"), tmp_path / "s") as socket:
-        task = asyncio.create_task(greeting(socket, timeout_s=30, gone=lambda: bool(gone)))
+        task = asyncio.create_task(answer(socket, timeout_s=30, gone=lambda: bool(gone)))
         await asyncio.sleep(0.05)
         gone.append(True)
         with pytest.raises(QMPLost, match="QEMU has ended"):
             await task
     with pytest.raises(QMPLost):
-        await greeting(tmp_path / "gone" / "s", timeout_s=30, gone=never)
+        await answer(tmp_path / "gone" / "s", timeout_s=30, gone=never)

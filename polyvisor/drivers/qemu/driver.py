@@ -22,7 +22,7 @@ from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, bu
 from polyvisor.drivers.qemu.devices import hostfwd
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
 from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi, version_numbers
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected, greeting
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, TimedOut, Unavailable, WrongState
 from polyvisor.files import storage_errors
 from polyvisor.host.record import Launch, boot_id
@@ -126,13 +126,13 @@ class QemuDriver:
     async def start(
         self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
     ) -> Observed:
-        """Run `command` in directory `vm` and wait until QEMU greets; raises CannotStart.
+        """Run `command` in directory `vm` and wait until QEMU answers; raises CannotStart.
 
         As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
         """
         with _started(vm, command, user) as process:
             meanwhile()
-            await greeting(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
+            await answer(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
         return Observed(state=VMState.RUNNING, pid=process.pid)
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:

@@ -20,10 +20,12 @@ from polyvisor.errors import PolyvisorError, TimedOut
 from polyvisor.waiting import event_loop, pause
 
 if TYPE_CHECKING:
+    from socket import socket as Connection  # noqa: N812
+
     from qemu.qmp import QMPClient
 
 RETRY_S = 0.002
-_LONGEST_GREETING = 4096
+_LONGEST = 4096  # of the greeting and of the first answer
 
 
 class QMPLost(PolyvisorError):
@@ -106,14 +108,15 @@ async def connected(
             await client.disconnect()
 
 
-async def greeting(socket: Path, *, timeout_s: float, gone: Callable[[], bool]) -> None:
-    """Wait until QEMU greets whoever connects to `socket`: then the machine is set up. Raises TimedOut, QMPLost.
+async def answer(socket: Path, *, timeout_s: float, gone: Callable[[], bool]) -> None:
+    """Wait until QEMU answers on `socket`: then the machine is set up. Raises TimedOut, QMPLost.
 
-    Nothing is said to it, so this does without the library and without asyncio, which take longer to load than QEMU.
+    Its greeting is no sign of that: a thread of its own sends it, maybe before QEMU finds that it can't start. What
+    is said here is little, so this does without the library and without asyncio, which take longer to load than QEMU.
     """
     deadline = time.monotonic() + timeout_s
     with _address(socket) as address:
-        while not await _greets(address, lambda: gone() or time.monotonic() > deadline):
+        while not await _answers(address, lambda: gone() or time.monotonic() > deadline):
             if gone():
                 raise QMPLost("QEMU has ended")
             if time.monotonic() > deadline:
@@ -121,32 +124,38 @@ async def greeting(socket: Path, *, timeout_s: float, gone: Callable[[], bool]) 
             await pause(RETRY_S)
 
 
-async def _greets(address: str, late: Callable[[], bool]) -> bool:
-    """Whether a greeting comes from `address` before it is too `late`; False, too, where nobody listens there yet."""
+async def _answers(address: str, late: Callable[[], bool]) -> bool:
+    """Whether there is an answer from `address` before it is too `late`; False, too, where nobody listens there yet.
+
+    Greeting, negotiation, answer: docs/interop/qmp-spec.rst, 2.2 and 4.
+    """
     from socket import AF_UNIX, socket
 
-    heard = b""
     with socket(AF_UNIX) as connection, contextlib.suppress(OSError):
         connection.setblocking(False)
         connection.connect(address)
-        while b"\n" not in heard and len(heard) < _LONGEST_GREETING and not late():
-            try:
-                heard += (piece := connection.recv(_LONGEST_GREETING))
-            except BlockingIOError:
-                await pause(RETRY_S)
-            else:
-                if not piece:
-                    break
-    return _is_greeting(heard)
+        if isinstance((await _heard(connection, late)).get("QMP"), dict):
+            connection.send(b'{"execute": "qmp_capabilities"}\n')
+            return "return" in await _heard(connection, late)
+    return False
 
 
-def _is_greeting(line: bytes) -> bool:
-    """Whether it is a `QMP.Greeting` (docs/interop/qmp-spec.rst, 2.2)."""
+async def _heard(connection: Connection, late: Callable[[], bool]) -> dict[str, Any]:
+    """The next message, which is a line; an empty one where what comes is none, or nothing comes before it is too `late`."""
+    line = b""
+    while b"\n" not in line and len(line) < _LONGEST and not late():
+        try:
+            line += (piece := connection.recv(_LONGEST))
+        except BlockingIOError:
+            await pause(RETRY_S)
+        else:
+            if not piece:
+                break
     try:
-        said = json.loads(line)
+        message = json.loads(line)
     except ValueError:
-        return False
-    return isinstance(said, dict) and isinstance(said.get("QMP"), dict)
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 @contextlib.contextmanager
