@@ -23,7 +23,9 @@ demo: setup
 test:
 	@sh scripts/setup.sh test
 	@$(MAKE) --no-print-directory check
-	$(UV) run pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(UV) run pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/lab
+	@echo 'The tests of the lab, whose hosts want the machine for themselves:'
+	$(UV) run pytest tests/lab
 
 check:
 	$(UV) run ruff check

@@ -1,6 +1,6 @@
 """The lab that its tests share: brought up once, kept saved between runs of the tests, left out where it can't be.
 
-Everything about the lab is in one module, so that with several workers one of them has it to itself. Where this machine
+`make test` runs them after the others, by themselves: emulated hosts are slow enough without neighbours. Where this machine
 can't have a lab, or not within LIMIT_S, the tests are skipped with the reason, which pytest lists at its end.
 $POLYVISOR_TEST_LAB=off leaves them out, =required makes a lab that can't be had a failure.
 """
