@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,11 +77,23 @@ def make_directory(path: Path, bits: int) -> None:
 
 def sync_directory(path: Path) -> None:
     """Make renames inside directory `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_files(*paths: Path) -> None:
+    """Make what is in files durable, or in everything below directories."""
+    for path in paths:
+        for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
+            if stat.S_IFMT(each.lstat().st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+                _sync(each)
 
 
 def read_small(path: str) -> bytes:

@@ -35,7 +35,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kvm", type=int, metavar="N", help=about.format("KVM"))
     parser.add_argument("--xen", type=int, metavar="N", help=about.format("Xen"))
     parser.add_argument("--suite", help="Debian release of new hosts: bookworm or trixie (default: bookworm)")
-    parser.add_argument("-c", "--vcpus", type=int, help="of each new host (default: 2)")
+    parser.add_argument(
+        "-c", "--vcpus", type=int, help="of each new host (default: 2; 1 with KVM where QEMU < 8.1 emulates)"
+    )
     parser.add_argument("-m", "--memory", metavar="SIZE", help="of each new host (default: 3G with KVM, 4G with Xen)")
     parser.set_defaults(action=_up)
 

@@ -6,6 +6,7 @@ the hypervisor, and the next VM takes it.
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import fcntl
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from polyvisor.errors import PolyvisorError
-from polyvisor.files import storage_errors, take_flock
-from polyvisor.images.hostkey import HostKey
+from polyvisor.files import storage_errors, sync_directory, sync_files, take_flock
+from polyvisor.images.hostkey import HostKey, secret_of
 from polyvisor.process import begin, ended, find_program, run
 
 if TYPE_CHECKING:
@@ -44,10 +45,21 @@ async def login_key(keys: Path) -> tuple[Path, str]:
 async def give_host_key(vm: Path, keys: Path) -> None:
     """Give the VM that is being made in directory `vm` a host key: the one in reserve in `keys`, or a new one."""
     with storage_errors("making the host key"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             (keys / RESERVE).rename(vm / SSH)
-        except FileNotFoundError:
+        if not _is_whole(vm / SSH):
+            shutil.rmtree(vm / SSH, ignore_errors=True)
             await _make_host_key(vm / SSH)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether there is a key pair: nobody waits until the one in reserve is on the disk, and a host may lose power before."""
+    try:
+        secret = secret_of((directory / HOST_KEY).read_text())
+        algorithm, public = (directory / f"{HOST_KEY}.pub").read_text().split()[:2]
+    except (OSError, ValueError):
+        return False
+    return algorithm == "ssh-ed25519" and binascii.a2b_base64(public).endswith(secret[32:])
 
 
 class Reserve:
@@ -104,9 +116,12 @@ async def _make_login_key(private: Path) -> None:
                 made.unlink(missing_ok=True)
                 public.unlink(missing_ok=True)
                 await run(_keygen_argv("-C", "polyvisor", "-f", str(made)), timeout_s=KEYGEN_S)
+                sync_files(made)
                 made.rename(private)
             public.write_text(await _public_of(private))
+            sync_files(public)
             public.replace(private.with_suffix(".pub"))
+            sync_directory(private.parent)
 
 
 @contextlib.asynccontextmanager

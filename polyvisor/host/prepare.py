@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput
-from polyvisor.files import storage_errors, write_atomic
+from polyvisor.files import storage_errors, sync_files, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.keys import KNOWN_HOSTS, give_host_key, login_key, read_host_key
 from polyvisor.host.plan import (
@@ -46,6 +46,7 @@ def new_user(home: Home) -> int | None:
             fcntl.flock(fd, fcntl.LOCK_EX)
             number = int(os.pread(fd, 16, 0) or FIRST_USER)
             os.pwrite(fd, str(number + 1).encode(), 0)
+            os.fdatasync(fd)  # numbered twice after a power cut, two VMs could read each other's disks
         finally:
             os.close(fd)
     return number
@@ -163,4 +164,5 @@ def _copy_uefi_variables(vm: VMDirectory, record: Record, image: Image, mode: Mo
         temporary.chmod(0o600)
         if record.user is not None:
             os.chown(temporary, record.user, record.user)
+        sync_files(temporary)
         temporary.replace(path)

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 
 from polyvisor.errors import AlreadyExists, Busy, InvalidInput, NotFound, PolyvisorError
-from polyvisor.files import is_flocked, read_small, storage_errors, sync_directory, translated, write_atomic
+from polyvisor.files import is_flocked, read_small, storage_errors, sync_directory, sync_files, translated, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.record import Launch, Record, launch_from_json, launch_to_json, record_from_json, record_to_json
 from polyvisor.spec.vm import check_name
@@ -201,6 +201,7 @@ class VMStore:
                 for directory in (staging.path, staging.disks, staging.run):
                     directory.mkdir(mode=0o700)
                 yield staging
+                sync_files(staging.path)
                 staging.path.rename(final.path)
                 sync_directory(self.home.vms)
         except BaseException:

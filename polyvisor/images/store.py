@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.errors import ImageRefused, InvalidInput, NotFound, PolyvisorError, WrongState
-from polyvisor.files import make_directory, storage_errors, sync_directory, translated, write_atomic
+from polyvisor.files import make_directory, storage_errors, sync_directory, sync_files, translated, write_atomic
 from polyvisor.images.image import Image, ImageFile, image_from_json, image_to_json
 from polyvisor.operation import Progress, Step, silent
 
@@ -130,7 +130,7 @@ class ImageStore:
             image = _completed(staging, image, progress)
             for file in image.files:
                 (staging / file.name).chmod(0o444)
-                _sync_file(staging / file.name)
+                sync_files(staging / file.name)
             write_atomic(staging / MANIFEST, image_to_json(image), mode=0o444)
             staging.chmod(0o755)
             with contextlib.suppress(FileExistsError):
@@ -256,11 +256,3 @@ def sha256_of(path: Path, progress: Progress = silent) -> str:
             digest.update(chunk)
             progress(Step("checksum", file.tell(), total, "B"))
     return digest.hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

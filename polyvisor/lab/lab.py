@@ -13,17 +13,29 @@ from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from polyvisor.drivers.qemu.programs import version_numbers
 from polyvisor.errors import AlreadyExists, CannotStart, NotFound, ProcessFailed
 from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.host.api import SSHTarget
 from polyvisor.host.host import Host
 from polyvisor.host.keys import read_host_key
-from polyvisor.lab.plan import LABEL, SUITES, Kind, LabHost, freeze_script, image_name, lab_spec, thaw_script
+from polyvisor.host.plan import choose_accelerator
+from polyvisor.lab.plan import (
+    LABEL,
+    SUITES,
+    Kind,
+    LabHost,
+    default_vcpus,
+    freeze_script,
+    image_name,
+    lab_spec,
+    thaw_script,
+)
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.remote.address import Entry, Hosts
 from polyvisor.remote.host import RemoteHost
 from polyvisor.remote.transfer import copy_image
-from polyvisor.spec.vm import VMSpec
+from polyvisor.spec.vm import NESTED, VMSpec
 from polyvisor.ssh import execute
 from polyvisor.status import VMState, VMStatus
 from polyvisor.values import dataclass
@@ -116,11 +128,20 @@ class Lab:
         for host, _ in await self.members():
             with contextlib.suppress(NotFound):
                 await self.host.remove(host.name, force=True)
-            if (entry := self.hosts.find(host.name)) and self._ours(entry):
-                self.hosts.remove(host.name)
-            self._known_hosts(host).unlink(missing_ok=True)
+            self._forget(host)
             removed.append(host.name)
         return removed
+
+    def _forget(self, host: LabHost) -> None:
+        """Let `host` be one that has yet to be made ready."""
+        if (entry := self.hosts.find(host.name)) and self._ours(entry):
+            self.hosts.remove(host.name)
+        self._known_hosts(host).unlink(missing_ok=True)
+
+    async def _vcpus(self, kind: Kind) -> int:
+        capabilities = await self.host.capabilities()
+        accelerator = choose_accelerator(VMSpec(name="lab", image=f"lab-{kind}", cpu=NESTED), capabilities)
+        return default_vcpus(kind, accelerator.name, version_numbers(capabilities.version or "0"))
 
     async def _image(self, kind: Kind, suite: str, progress: Progress) -> None:
         name = image_name(kind, suite)
@@ -147,7 +168,9 @@ class Lab:
         if self._is_there(host, settings):
             await self.host.start(host.name, progress)
         else:
-            await self.host.run(lab_spec(host, settings.suite, settings.vcpus, settings.memory_mib), progress)
+            self._forget(host)  # its VM was removed by other means
+            vcpus = settings.vcpus or await self._vcpus(host.kind)
+            await self.host.run(lab_spec(host, settings.suite, vcpus, settings.memory_mib), progress)
         target = await self.host.wait_for_ssh(host.name, timeout_s=BOOT_S, progress=progress)
         progress(Step("setting its clock"))
         await self._shell(host, thaw_script(host.kind, time.time()))

@@ -17,6 +17,9 @@ LABEL = "polyvisor.lab"
 NETWORK = "private:lab"
 MAX_HOSTS = 9
 VCPUS = 2
+# Before QEMU 8.1 a vCPU may go on with a stale translation of code that another one patches meanwhile, as Linux does with that
+# of KVM whenever a guest starts or ends: the host hangs then, sooner or later (docs/design/lab.md).
+PATCHED_SAFELY = (8, 1)
 SUITES = ("bookworm", "trixie")
 _PREFIX = 16
 
@@ -100,12 +103,17 @@ def image_name(kind: Kind, suite: str) -> str:
     return f"lab-{kind}" + ("" if suite == SUITES[0] else "-13")
 
 
-def lab_spec(host: LabHost, suite: str | None, vcpus: int | None, memory_mib: int | None) -> VMSpec:
-    """The VM that is `host`; None stands for the first suite, two vCPUs, and what the image recommends."""
+def default_vcpus(kind: Kind, accelerator: str, qemu: tuple[int, ...]) -> int:
+    """How many vCPUs a host gets where `accelerator` of a QEMU of version `qemu` runs it: one where two would not be safe."""
+    return 1 if kind is Kind.KVM and accelerator == "tcg" and qemu < PATCHED_SAFELY else VCPUS
+
+
+def lab_spec(host: LabHost, suite: str | None, vcpus: int, memory_mib: int | None) -> VMSpec:
+    """The VM that is `host`; None stands for the first suite, and for what the image recommends."""
     return VMSpec(
         name=host.name,
         image=image_name(host.kind, suite or SUITES[0]),
-        vcpus=vcpus or VCPUS,
+        vcpus=vcpus,
         memory_mib=memory_mib,
         cpu=NESTED,
         nics=(Nic(), Nic(network=NETWORK, mac=host.mac)),

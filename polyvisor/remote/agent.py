@@ -186,7 +186,7 @@ async def serve() -> None:
     for number in (signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     host = Host()
-    calls, uploads = Calls(host.home.path / "calls"), Uploads(host.home.cache / "uploads")
+    calls, uploads = Calls(host.home), Uploads(host.home)
     calls.sweep()
     uploads.sweep()
     await Agent(host, calls, uploads, sys.stdout.buffer).serve(await standard_input())
@@ -225,7 +225,7 @@ async def stream(raw: dict[str, Any]) -> None:
         elif kind == "image_export":
             await _chunks(host.image_export(str(raw["name"])), begin, out)
         elif kind == "upload":
-            uploads = Uploads(host.home.cache / "uploads")
+            uploads = Uploads(host.home)
             begin({"result": None})
             begin({"result": uploads.take(sys.stdin.buffer, str(raw["name"]), int(raw["size"]))})
         else:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from polyvisor.errors import InvalidInput, WrongState
-from polyvisor.files import storage_errors, take_flock
+from polyvisor.files import make_directory, storage_errors, take_flock
+from polyvisor.home import Home
 
 KEPT_S = 24 * 3600.0
 _KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
@@ -26,8 +27,9 @@ _KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 class Calls:
     """The calls of a home that have been made in the last day."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.directory = home.path / "calls"
 
     async def once(
         self, key: str, verb: str, work: Callable[[], Awaitable[dict[str, Any]]], *, repeatable: bool
@@ -66,7 +68,8 @@ class Calls:
     @contextlib.asynccontextmanager
     async def _locked(self, key: str) -> AsyncIterator[int]:
         with storage_errors("noting the call"):
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.home.prepare()
+            make_directory(self.directory, 0o700)
             fd = os.open(self.directory / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             await take_flock(fd)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from polyvisor.errors import NotFound, PolyvisorError
 from polyvisor.files import make_directory, storage_errors
+from polyvisor.home import Home
 
 KEPT_S = 24 * 3600.0
 _ID = re.compile(r"[0-9a-f]{32}\Z")
@@ -22,14 +23,16 @@ _CHUNK = 1 << 20
 class Uploads:
     """The uploads of a home."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.directory = home.cache / "uploads"
 
     def take(self, source: BinaryIO, name: str, size: int) -> str:
         """Keep `size` bytes of `source` as a file that ends in `name`; returns the id that stands for it."""
         upload = uuid.uuid4().hex
         directory = self.directory / upload
         with storage_errors("receiving the upload"):
+            self.home.prepare()
             make_directory(directory, 0o700)
             try:
                 with (directory / safe_name(name)).open("wb") as file:

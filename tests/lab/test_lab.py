@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -87,6 +90,22 @@ async def test_a_host_in_the_midst_of_a_guest_is_not_saved_for_good(lab: Lab, ap
     assert (await api.show(spec.name)).status.running
     assert await guest(api, spec.name, "hostname") == spec.name
     await api.remove(spec.name, force=True)
+
+
+async def test_what_was_made_before_a_power_cut_starts_after_it(lab: Lab, api: HostApi, spec: VMSpec) -> None:
+    """A host loses what it has not written to its disk yet: with its QEMU killed the lab's does, as by a power cut."""
+    made, later = replace(spec, name=f"{spec.name}-made"), replace(spec, name=f"{spec.name}-later")
+    await api.run(spec)
+    await api.create(made)
+    await api.close()
+    os.kill(cast("int", (await lab.host.show("lab-kvm1")).status.pid), signal.SIGKILL)
+    assert (await lab.up(lab_hosts(1, 0)))[0].state is VMState.RUNNING
+    crashed = (await api.show(spec.name)).status
+    assert (crashed.state, crashed.reason) == (VMState.CRASHED, "the host went down while it ran")
+    for start in (api.start(spec.name), api.start(made.name), api.run(later)):
+        name = (await start).name
+        assert await guest(api, name, "hostname") == name
+        await api.remove(name, force=True)
 
 
 def _polyvisor(lab: Lab, *words: str) -> str:

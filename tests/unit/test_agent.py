@@ -71,8 +71,8 @@ class Side:
     def __init__(self, home: Home) -> None:
         self.host = Odd(home)
         self.output = io.BytesIO()
-        self.uploads = Uploads(home.cache / "uploads")
-        self.agent = Agent(self.host, Calls(home.path / "calls"), self.uploads, self.output)
+        self.uploads = Uploads(home)
+        self.agent = Agent(self.host, Calls(home), self.uploads, self.output)
         self.reader = asyncio.StreamReader(limit=1 << 20)
         self.serving = asyncio.ensure_future(self.agent.serve(self.reader))
 
@@ -352,5 +352,5 @@ async def test_a_pipe_that_nobody_reads_ends_nothing(tmp_path: Path) -> None:
         + b"\n"
     )
     reader.feed_eof()
-    await Agent(host, Calls(home.path / "calls"), Uploads(home.cache / "uploads"), Broken()).serve(reader)
+    await Agent(host, Calls(home), Uploads(home), Broken()).serve(reader)
     assert host.ended == ["a"]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import stat
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from polyvisor.errors import InvalidInput, PolyvisorError, WrongState
+from polyvisor.home import Home
 from polyvisor.remote.calls import KEPT_S, Calls
 
 KEY = "7c5a0b0e-58a6-4f0e-9e0a-0123456789ab"
@@ -25,7 +27,19 @@ Work = Callable[[], Awaitable[dict[str, Any]]]
 
 @pytest.fixture
 def calls(tmp_path: Path) -> Calls:
-    return Calls(tmp_path / "calls")
+    return Calls(Home(tmp_path))
+
+
+async def test_a_home_that_such_a_call_makes_is_as_any_other(tmp_path: Path) -> None:
+    """Also where the umask is that of an agent: root's VMs, which run as other users, have to get through."""
+    before = os.umask(0o077)
+    try:
+        await Calls(Home(tmp_path / "new")).once(KEY, "run", Counted(), repeatable=True)
+    finally:
+        os.umask(before)
+    Home(tmp_path / "like").prepare()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "like").stat().st_mode
+    assert stat.S_IMODE((tmp_path / "new" / "calls").stat().st_mode) == 0o700
 
 
 class Counted:
@@ -51,7 +65,7 @@ async def test_a_call_sent_again_gets_the_first_outcome(calls: Calls) -> None:
     work = Counted()
     assert await calls.once(KEY, "run", work, repeatable=False) == {"result": 1}
     assert await calls.once(KEY, "run", work, repeatable=False) == {"result": 1}
-    assert await Calls(calls.directory).once(KEY, "run", work, repeatable=True) == {"result": 1}
+    assert await Calls(calls.home).once(KEY, "run", work, repeatable=True) == {"result": 1}
     assert work.times == 1
 
 
@@ -71,7 +85,7 @@ async def test_other_keys_are_other_calls(calls: Calls) -> None:
 
 async def test_at_the_same_time_it_is_done_once_and_all_get_its_outcome(calls: Calls) -> None:
     work = Counted(0.1)
-    sent = (Calls(calls.directory).once(KEY, "run", work, repeatable=False) for _ in range(5))
+    sent = (Calls(calls.home).once(KEY, "run", work, repeatable=False) for _ in range(5))
     assert await asyncio.gather(*sent) == [{"result": 1}] * 5
     assert work.times == 1
 

@@ -32,6 +32,17 @@ async def test_the_next_vm_takes_the_one_in_reserve(keys: Path, tmp_path: Path) 
     assert public.startswith("ssh-ed25519 ")
 
 
+@pytest.mark.parametrize("lost", ["host_key", "host_key.pub"])
+async def test_one_that_a_power_cut_has_emptied_is_not_taken(keys: Path, tmp_path: Path, lost: str) -> None:
+    await reserve(keys)
+    (keys / RESERVE / lost).write_bytes(b"")
+    await give_host_key(tmp_path, keys)
+    made = read_host_key(tmp_path)
+    assert made.dropbear
+    assert made.public.startswith("ssh-ed25519 ")
+    assert list(keys.iterdir()) == []
+
+
 async def test_there_is_never_more_than_one(keys: Path) -> None:
     await reserve(keys)
     before = (keys / RESERVE / "host_key").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from polyvisor.cli.main import run
-from polyvisor.errors import AlreadyExists
+from polyvisor.errors import AlreadyExists, StorageFull
 from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.lab.lab import Lab
@@ -37,7 +37,7 @@ def lab(host: Host, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 def like_a_host(**changes: object) -> VMSpec:
     """A VM as the lab's first KVM host is, but small."""
-    return dataclasses.replace(lab_spec(KVM1, None, None, None), image="tiny", **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(lab_spec(KVM1, None, 2, None), image="tiny", **changes)  # type: ignore[arg-type]
 
 
 async def test_a_vm_of_that_name_is_not_taken_for_a_host(lab: Lab) -> None:
@@ -65,6 +65,29 @@ async def test_other_settings_for_a_host_that_is_there(lab: Lab, asked: dict[str
     await lab.host.create(like_a_host())
     with pytest.raises(AlreadyExists, match="with other settings"):
         await lab.up([KVM1], **asked)  # type: ignore[arg-type]
+
+
+async def test_a_host_whose_vm_was_removed_by_other_means_is_made_ready_anew(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as ready while its entry is there, and a new one of that name is not."""
+    known_hosts = lab.host.home.path / "lab" / "lab-kvm1.known_hosts"
+    lab.hosts.add(Entry(name="lab-kvm1", url="ssh://root@127.0.0.1:1", added_at=0.0, known_hosts=str(known_hosts)))
+    asked = []
+
+    async def run(spec: VMSpec, progress: object) -> None:
+        asked.append(spec)
+        raise StorageFull("no space")
+
+    async def built(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(lab, "_image", built)
+    monkeypatch.setattr(lab.host, "run", run)
+    with pytest.raises(StorageFull):
+        await lab.up([KVM1])
+    assert [spec.name for spec in asked] == ["lab-kvm1"]
+    assert lab.hosts.find("lab-kvm1") is None
 
 
 async def test_members_are_the_vms_with_the_label(lab: Lab) -> None:

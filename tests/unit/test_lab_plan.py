@@ -5,7 +5,17 @@ import json
 import pytest
 
 from polyvisor.errors import InvalidInput
-from polyvisor.lab.plan import LABEL, MAX_HOSTS, Kind, LabHost, image_name, lab_hosts, lab_spec, user_data
+from polyvisor.lab.plan import (
+    LABEL,
+    MAX_HOSTS,
+    Kind,
+    LabHost,
+    default_vcpus,
+    image_name,
+    lab_hosts,
+    lab_spec,
+    user_data,
+)
 
 EVERY = [LabHost(kind=kind, number=number) for kind in Kind for number in range(1, MAX_HOSTS + 1)]
 
@@ -29,7 +39,7 @@ def test_no_two_hosts_share_a_name_or_an_address() -> None:
 
 @pytest.mark.parametrize("host", EVERY, ids=lambda host: str(host.name))
 def test_a_host_is_a_vm_that_runs_vms(host: LabHost) -> None:
-    spec = lab_spec(host, None, None, None)
+    spec = lab_spec(host, None, 2, None)
     assert (spec.name, spec.image, spec.cpu, spec.labels) == (
         host.name,
         f"lab-{host.kind}",
@@ -38,6 +48,23 @@ def test_a_host_is_a_vm_that_runs_vms(host: LabHost) -> None:
     )
     assert [nic.network for nic in spec.nics] == ["user", "private:lab"]
     assert spec.nics[1].mac == host.mac
+
+
+@pytest.mark.parametrize(
+    ("kind", "accelerator", "qemu", "vcpus"),
+    [
+        (Kind.KVM, "tcg", (7, 2, 22), 1),
+        (Kind.KVM, "tcg", (8, 0, 5), 1),
+        (Kind.KVM, "tcg", (8, 1, 0), 2),
+        (Kind.KVM, "tcg", (10, 0), 2),
+        (Kind.KVM, "kvm", (7, 2, 22), 2),
+        (Kind.XEN, "tcg", (7, 2, 22), 2),
+    ],
+)
+def test_a_host_has_no_more_vcpus_than_are_safe(
+    kind: Kind, accelerator: str, qemu: tuple[int, ...], vcpus: int
+) -> None:
+    assert default_vcpus(kind, accelerator, qemu) == vcpus
 
 
 def test_settings_are_the_users() -> None:

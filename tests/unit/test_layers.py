@@ -63,7 +63,7 @@ BELOW = ("errors", "waiting", "files", "process", "operation", "home", "spec", "
         ("host", (*BELOW, "drivers", "network", "images", "host")),
         ("ssh", (*BELOW, "host")),
         ("remote", (*BELOW, "drivers", "network", "images", "host", "remote", "ssh")),
-        ("lab", (*BELOW, "images", "host", "remote", "ssh", "lab")),
+        ("lab", (*BELOW, "drivers", "images", "host", "remote", "ssh", "lab")),
     ],
 )
 def test_what_a_package_may_know(package: str, may: tuple[str, ...]) -> None:

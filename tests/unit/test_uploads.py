@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyvisor.errors import NotFound, PolyvisorError
+from polyvisor.home import Home
 from polyvisor.remote.uploads import KEPT_S, Uploads, safe_name
 from tests.unit.specs import QUICK
 
@@ -18,7 +19,7 @@ CONTENT = os.urandom(3_000_000)
 
 @pytest.fixture
 def uploads(tmp_path: Path) -> Uploads:
-    return Uploads(tmp_path / "cache" / "uploads")
+    return Uploads(Home(tmp_path))
 
 
 def test_what_is_taken_is_found_until_it_is_forgotten(uploads: Uploads) -> None:
