@@ -22,7 +22,7 @@ def test_xl_info(path: Path) -> None:
 
 def said(**changes: str | None) -> str:
     """`xl info`, with some values others than those of the first capture, or not there."""
-    lines = next(CAPTURED.glob("info-*.txt")).read_text().splitlines()
+    lines = min(CAPTURED.glob("info-*.txt")).read_text().splitlines()
     values = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines} | changes
     return "\n".join(f"{name:22} : {value}" for name, value in values.items() if value is not None)
 
