@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.drivers.qemu.programs import version_numbers
 from polyvisor.errors import AlreadyExists, CannotStart, NotFound, ProcessFailed
-from polyvisor.files import make_directory, storage_errors, write_atomic
+from polyvisor.files import make_directory, storage_errors, take_flock, write_atomic
 from polyvisor.host.api import SSHTarget
 from polyvisor.host.host import Host
 from polyvisor.host.keys import read_host_key
@@ -96,7 +97,10 @@ class Lab:
         where `down` saved them. Raises AlreadyExists for a host that is there with other settings, or elsewhere under this
         name, CannotStart for one that boots but can run no VMs, and whatever building and starting raise.
         """
-        settings = _Settings(suite=suite, vcpus=vcpus, memory_mib=memory_mib)
+        async with self._alone(progress):
+            return await self._up(wanted, _Settings(suite=suite, vcpus=vcpus, memory_mib=memory_mib), progress)
+
+    async def _up(self, wanted: Sequence[LabHost], settings: _Settings, progress: Progress) -> list[LabStatus]:
         new = [host for host in wanted if not self._is_there(host, settings)]
         for host in new:
             await self._image(host.kind, settings.suite or SUITES[0], progress)
@@ -109,6 +113,10 @@ class Lab:
 
     async def down(self, *, shut_down: bool = False, progress: Progress = silent) -> list[LabStatus]:
         """Save every host of the lab that runs, or shut it down; its memory is free then."""
+        async with self._alone(progress):
+            return await self._down(shut_down, progress)
+
+    async def _down(self, shut_down: bool, progress: Progress) -> list[LabStatus]:
         alive = [(host, status) for host, status in await self.members() if status.state.alive]
         ticker = _Ticker(progress, [host.name for host, _ in alive])
 
@@ -125,12 +133,26 @@ class Lab:
     async def remove(self) -> list[str]:
         """Delete the hosts of the lab, with everything on them, and return their names; images stay."""
         removed = []
-        for host, _ in await self.members():
-            with contextlib.suppress(NotFound):
-                await self.host.remove(host.name, force=True)
-            self._forget(host)
-            removed.append(host.name)
+        async with self._alone():
+            for host, _ in await self.members():
+                with contextlib.suppress(NotFound):
+                    await self.host.remove(host.name, force=True)
+                self._forget(host)
+                removed.append(host.name)
         return removed
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, progress: Progress = silent) -> AsyncIterator[None]:
+        """Have the lab to oneself: whoever saves hosts while somebody else brings them up would leave neither content."""
+        self.host.home.prepare()
+        with storage_errors("locking the lab"):
+            make_directory(self._directory, 0o700)
+            fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            await take_flock(fd, lambda: progress(Step("waiting for another command on the lab")))
+            yield
+        finally:
+            os.close(fd)
 
     def _forget(self, host: LabHost) -> None:
         """Let `host` be one that has yet to be made ready."""
@@ -166,7 +188,8 @@ class Lab:
     async def _bring_up(self, host: LabHost, settings: _Settings, ticker: _Ticker) -> None:
         progress = ticker.of(host.name)
         if self._is_there(host, settings):
-            await self.host.start(host.name, progress)
+            if (await self.host.start(host.name, progress)).state is VMState.PAUSED:
+                await self.host.resume(host.name)  # by somebody, or by a save that was cut off
         else:
             self._forget(host)  # its VM was removed by other means
             vcpus = settings.vcpus or await self._vcpus(host.kind)
@@ -226,7 +249,6 @@ class Lab:
         known_hosts = self._known_hosts(host)
         key = read_host_key(self.host.store.get(host.name).path).public
         with storage_errors(f"noting the key of '{host.name}'"):
-            make_directory(self._directory, 0o700)
             write_atomic(known_hosts, f"[{target.address}]:{target.port} {key}\n")
         return Entry(
             name=host.name,

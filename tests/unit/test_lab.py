@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import fcntl
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from polyvisor.cli.main import run
-from polyvisor.errors import AlreadyExists, StorageFull
+from polyvisor.errors import AlreadyExists, StorageFull, TimedOut
 from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.lab.lab import Lab
 from polyvisor.lab.plan import LABEL, Kind, lab_hosts, lab_spec
 from polyvisor.remote.address import Entry
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import VMState
+from polyvisor.status import VMState, VMStatus
 
 [KVM1] = lab_hosts(1, 0)
 TESTS = Path(__file__).parents[1]
@@ -128,3 +131,44 @@ def test_a_lab_that_is_not_there_as_json(
     for verb in ("status", "down", "rm"):
         assert run(["lab", verb, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == []
+
+
+async def test_one_command_at_a_time(lab: Lab) -> None:
+    """Whoever comes second says so, waits, and sees what the first has done."""
+    await lab.host.create(like_a_host())
+    (lab.host.home.path / "lab").mkdir(mode=0o700)
+    fd = os.open(lab.host.home.path / "lab", os.O_RDONLY)
+    said: list[str] = []
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        waiting = asyncio.ensure_future(lab.down(progress=lambda step: said.append(step.phase)))
+        while not said:
+            await asyncio.sleep(0.01)
+        await lab.host.remove("lab-kvm1")
+        assert not waiting.done()
+    finally:
+        os.close(fd)
+    assert said == ["waiting for another command on the lab"]
+    assert await waiting == []
+
+
+async def test_a_host_whose_save_was_cut_off_goes_on(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands still then, and nobody would come to its SSH server."""
+    status = await lab.host.create(like_a_host())
+    resumed = []
+
+    async def start(*_: object) -> VMStatus:
+        return dataclasses.replace(status, state=VMState.PAUSED)
+
+    async def resume(name: str) -> VMStatus:
+        resumed.append(name)
+        return status
+
+    async def wait_for_ssh(*_: object, **__: object) -> None:
+        raise TimedOut("far enough")
+
+    for verb in (start, resume, wait_for_ssh):
+        monkeypatch.setattr(lab.host, verb.__name__, verb)
+    with pytest.raises(TimedOut, match="far enough"):
+        await lab.up([KVM1])
+    assert resumed == ["lab-kvm1"]
