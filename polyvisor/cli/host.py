@@ -195,7 +195,8 @@ def _lines(status: HostStatus) -> list[tuple[str, str]]:
             for c in status.capabilities
             for a in c.accelerators
         ),
-        *((f"no {verb}", reason) for c in status.capabilities for verb, reason in c.missing.items()),
+        # Of a driver whose hypervisor is not there, the lines above have said all.
+        *((f"no {verb}", reason) for c in status.capabilities if c.version for verb, reason in c.missing.items()),
         ("runs on", status.hypervisor or f"nothing: {status.hypervisor_reason}"),
         ("VMs", ", ".join(f"{count} {state}" for state, count in status.vms_by_state.items()) or "none"),
     ]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -445,3 +446,14 @@ def test_errors_of_fields_keep_their_names() -> None:
     with pytest.raises(InvalidInput) as caught:
         parse(["run", "tiny", "--mode", "x"])
     assert caught.value.field == "mode"
+
+
+def test_a_driver_without_its_hypervisor_is_told_of_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POLYVISOR_QEMU", "/there/is/none")
+    assert run(["host"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^driver qemu +not found$", said, re.MULTILINE)
+    assert re.search(r"^tcg +no: POLYVISOR_QEMU=/there/is/none: there is no such program", said, re.MULTILINE)
+    assert not re.search(r"^no (start|save)", said, re.MULTILINE)
