@@ -1,0 +1,119 @@
+"""The configuration that `xl create` reads (xl.cfg(5)), for a `Boot`: a pure function, checked by golden files.
+
+A configuration is text in a small language of names, strings and lists, parsed by libxl's own scanner (libxlu_cfg_l.l). A
+string in double quotes ends at the next double quote or the end of the line and knows backslashes; `quoted` leaves nothing in
+it that the scanner would take for anything but itself, so nothing of a spec can add a setting. The words inside a disk are
+separated by commas, but `target=` takes all the rest as it is (xl-disk-configuration(5)), and so comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from polyvisor.drivers.base import Boot, BootNic
+from polyvisor.errors import InvalidInput
+from polyvisor.spec.vm import DeviceModel, Mode, OnReboot
+
+CONSOLE_SOCKET = "run/console.sock"
+CONSOLE_LOG = "run/console.log"
+BRIDGE = "polyvisor0"
+IDE_PLACES = 4
+
+
+def build_config(boot: Boot, directory: Path) -> str:
+    """The text that makes `xl create` start `boot`, whose relative paths are relative to `directory`.
+
+    Raises InvalidInput for a path that no such text can carry.
+    """
+    settings = [
+        ("name", quoted(boot.name)),
+        ("uuid", quoted(boot.id)),
+        ("type", quoted(boot.mode.value)),
+        ("vcpus", str(boot.vcpus)),
+        ("memory", str(boot.memory_mib)),
+        ("maxmem", str(boot.memory_mib)),
+        *_kernel(boot, directory),
+        *_ends(boot),
+        *(_hvm(boot) if boot.mode is Mode.HVM else []),
+        ("disk", _list(_disks(boot, directory))),
+        ("vif", _list(_card(nic, boot) for nic in boot.nics)),
+    ]
+    return "".join(f"{name} = {value}\n" for name, value in settings)
+
+
+def quoted(text: str) -> str:
+    """`text` as a string of the configuration language; raises InvalidInput for what does not print.
+
+    Inside double quotes, the scanner unescapes backslash and whatever follows, and ends at a double quote or a line's end.
+    """
+    if not text.isprintable():
+        raise InvalidInput("configuration", text, "holds characters that xl's configuration can't")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _list(strings: Iterable[str]) -> str:
+    items = [quoted(string) for string in strings]
+    return f"[ {', '.join(items)} ]" if items else "[ ]"
+
+
+def _kernel(boot: Boot, directory: Path) -> list[tuple[str, str]]:
+    if boot.kernel is None:
+        return []
+    settings = [("kernel", quoted(str(directory / boot.kernel)))]
+    if boot.initrd is not None:
+        settings.append(("ramdisk", quoted(str(directory / boot.initrd))))
+    return [*settings, ("cmdline", quoted(boot.cmdline))]
+
+
+def _ends(boot: Boot) -> list[tuple[str, str]]:
+    """What xl does when the guest ends: it stays for as long as the VM is meant to, and says why it ended in its log."""
+    restart = boot.on_reboot is OnReboot.RESTART
+    return [
+        ("on_poweroff", quoted("destroy")),
+        ("on_reboot", quoted("restart" if restart else "destroy")),
+        ("on_watchdog", quoted("destroy")),
+        ("on_crash", quoted("destroy")),
+    ]
+
+
+def _hvm(boot: Boot) -> list[tuple[str, str]]:
+    """An HVM guest's emulated hardware: a serial port on a socket, with a log, and neither screen nor tablet.
+
+    Xen's own QEMU runs in the directory in which xl does, which keeps the socket's name short.
+    """
+    console = f"socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,logfile={CONSOLE_LOG},logappend=on"
+    return [
+        *([] if boot.kernel else [("boot", quoted("c"))]),
+        ("serial", quoted("chardev:console")),
+        ("device_model_args_hvm", _list(("-chardev", console))),
+        ("vnc", "0"),
+        ("sdl", "0"),
+        ("usb", "0"),
+        ("xen_platform_pci", "0" if boot.devices is DeviceModel.EMULATED else "1"),
+    ]
+
+
+def _disks(boot: Boot, directory: Path) -> Iterable[str]:
+    """Disks by Xen's paravirtual protocol, served by its QEMU, which can read qcow2; the seed is the last, read-only.
+
+    A firmware boots from emulated IDE alone: there, `hd*` is both, until the guest's driver unplugs the emulated one. The
+    guest calls them xvda, xvdb, … in either case.
+    """
+    firmware = boot.mode is Mode.HVM and boot.kernel is None
+    disks = [(disk.path, "qcow2", "rw") for disk in boot.disks]
+    if boot.seed is not None:
+        disks.append((boot.seed, "raw", "ro"))
+    for i, (path, form, access) in enumerate(disks):
+        emulated = (firmware or boot.devices is DeviceModel.EMULATED) and boot.mode is Mode.HVM and i < IDE_PLACES
+        device = f"{'hd' if emulated else 'xvd'}{chr(ord('a') + i)}"
+        yield f"format={form},vdev={device},access={access},backendtype=qdisk,target={directory / path}"
+
+
+def _card(nic: BootNic, boot: Boot) -> str:
+    """A network card; one without a cable hangs on no bridge: the script that does nothing is `/bin/true`."""
+    place = f"bridge={BRIDGE}" if nic.network == "user" else "script=/bin/true"
+    emulated = boot.mode is Mode.HVM and boot.devices is DeviceModel.EMULATED
+    return f"mac={nic.mac},{place}" + (
+        ",type=ioemu,model=e1000" if emulated else ",type=vif" if boot.mode is Mode.HVM else ""
+    )
