@@ -2,9 +2,9 @@
 
     Name          ID   Mem VCPUs  State   Time(s)   UUID   Reason-Code  Security Label
 
-One line a domain (tools/xl/xl_list.c, list_domains). State is six columns: running, blocked, paused, shut down, crashed,
-dying; all of them are dashes for a domain that waits for a CPU. The reason is a number where it is shut down. Names of other
-people's domains may hold blanks, so lines are read from the right end.
+One line a domain (tools/xl/xl_list.c, list_domains). State is six columns: running, blocked, paused, shut down, why (a
+letter of `-rscwS`, a dash for power-off), dying; all dashes for a domain that waits for a CPU. The reason is the same as a
+number. Names of other people's domains may hold blanks, so lines are read from the right end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from polyvisor.status import VMState
 from polyvisor.values import dataclass
 
 _LINE = re.compile(
-    r"(?P<name>.*\S)\s+(?P<id>\d+)\s+(?P<memory>\d+)\s+(?P<vcpus>\d+)\s+(?P<state>[-r][-b][-p][-s][-c][-d])\s+[\d.]+\s+"
+    r"(?P<name>.*\S)\s+(?P<id>\d+)\s+(?P<memory>\d+)\s+(?P<vcpus>\d+)\s+(?P<state>[-r][-b][-p][-s][-rscwS?][-d])\s+[\d.]+\s+"
     r"(?P<uuid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\s+(?P<reason>-|\d+)(?:\s.*)?\Z"
 )
 _BEGUN = re.compile(r"Waiting for domain \S+ \(domid (\d+)\) to die \[pid (\d+)\]\Z")
@@ -46,7 +46,7 @@ class Domain:
 
     @property
     def shut_down(self) -> bool:
-        return self.state[3] == "s" or self.state[4] == "c"
+        return self.state[3] == "s"
 
     @property
     def dying(self) -> bool:
