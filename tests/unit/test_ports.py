@@ -14,13 +14,31 @@ KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 
 @pytest.fixture(params=["tcp", "udp"])
 def taken(request: pytest.FixtureRequest) -> Iterator[Forward]:
-    """A port that another process has, as slirp holds it: others may come after it as far as it is concerned."""
-    with socket.socket(socket.AF_INET, KINDS[request.param]) as other:
-        other.bind(("127.0.0.1", 0))
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if request.param == "tcp":
-            other.listen(1)
-        yield Forward(host_port=other.getsockname()[1], guest_port=80, protocol=request.param)
+    """A port that another process has, as slirp holds it: others may come after it as far as it is concerned.
+
+    For the other protocol nobody has it: another test might, by chance.
+    """
+    [unlike] = KINDS.keys() - {request.param}
+    for _ in range(100):
+        with socket.socket(socket.AF_INET, KINDS[request.param]) as other:
+            other.bind(("127.0.0.1", 0))
+            if not is_free(other.getsockname()[1], unlike):
+                continue
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if request.param == "tcp":
+                other.listen(1)
+            yield Forward(host_port=other.getsockname()[1], guest_port=80, protocol=request.param)
+            return
+    pytest.fail("there is no port that both protocols have free")
+
+
+def is_free(port: int, protocol: str) -> bool:
+    with socket.socket(socket.AF_INET, KINDS[protocol]) as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def free_port() -> int:
