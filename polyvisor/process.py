@@ -196,18 +196,21 @@ def spawn_detached(
     inherit: Sequence[int] = (),
     user: int | None = None,
     groups: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
+    errors: IO[bytes] | None = None,
 ) -> Program:
     """Start `argv` in a session of its own, to live on after this process.
 
-    Its stdout and stderr go to `output`; file descriptors in `inherit` stay open in it. With `user`, it runs as that
+    Its stdout goes to `output`, its stderr to `errors` (`output` by default); file descriptors in `inherit` stay open in it.
+    With `user`, it runs as that
     numeric user and group, with the supplementary `groups` alone (the caller must be root).
     """
     process = subprocess.Popen(
         argv,
         cwd=cwd,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=output,
-        stderr=output,
+        stderr=errors or output,
         start_new_session=True,
         pass_fds=inherit,
         user=user,

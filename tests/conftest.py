@@ -100,4 +100,4 @@ async def kill_all(home: Home) -> None:
     host = Host(home)
     for name in host.store.names():
         with contextlib.suppress(PolyvisorError):
-            await host.driver.kill(host.store.directory(name))
+            await host.drivers.of(vm := host.store.directory(name)).kill(vm)

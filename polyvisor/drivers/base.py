@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from polyvisor.host.record import Launch
 from polyvisor.host.store import VMDirectory
@@ -17,6 +17,9 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import DeviceModel, Firmware, Mode, OnReboot
 from polyvisor.status import Capabilities, VMState
 from polyvisor.values import dataclass
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,9 @@ class Driver(Protocol):
     async def probe(self) -> Capabilities:
         """What this driver can do here, proved rather than assumed."""
 
+    def prepare(self, vm: VMDirectory, boot: Boot) -> None:
+        """Write the files that the command of `boot` reads, beside its disks; raises InvalidInput, StorageFull."""
+
     async def command(self, boot: Boot) -> Command:
         """The exact command that starts `boot`; raises Unavailable, Unsupported."""
 
@@ -108,6 +114,9 @@ class Driver(Protocol):
 
     def ended(self, vm: VMDirectory) -> Observed:
         """How a VM is that is not alive: a list of many looks no closer than it has to. Needs no lock."""
+
+    async def console(self, vm: VMDirectory) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The guest's serial console; the caller sees to it that there is one at a time. Raises OSError."""
 
     async def shutdown(self, vm: VMDirectory) -> None:
         """Ask the guest to shut down (the power button); returns at once."""

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyvisor.drivers.base import Driver, Observed
-from polyvisor.drivers.qemu.driver import QemuDriver
-from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
+from polyvisor.drivers.base import Observed
+from polyvisor.drivers.registry import Drivers
+from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
@@ -41,23 +41,20 @@ class Host:
         self.home = home if isinstance(home, Home) else Home(Path(home).absolute()) if home else default_home()
         self.store = VMStore(self.home)
         self.images = Images(self.home)
-        self.driver: Driver = QemuDriver(self.home.cache)
-        self._capabilities: Capabilities | None = None
+        self.drivers = Drivers(self.home.cache)
 
-    async def capabilities(self) -> Capabilities:
-        """What the driver can do here, probed once."""
-        if self._capabilities is None:
-            self.home.prepare()
-            self._capabilities = await self.driver.probe()
-        return self._capabilities
+    async def capabilities(self) -> tuple[Capabilities, ...]:
+        """What the drivers can do here, the preferred first; probed once."""
+        self.home.prepare()
+        return await self.drivers.capabilities()
 
     async def status(self) -> HostStatus:
-        from polyvisor.drivers.xen.probe import probe as probe_xen
         from polyvisor.host.machine import host_status
 
         states = [status.state for status in await self.vms()]
-        drivers = (await self.capabilities(), await probe_xen())
-        return host_status(self.home, drivers, {s.value: states.count(s) for s in VMState if s in states})
+        return host_status(
+            self.home, await self.capabilities(), {s.value: states.count(s) for s in VMState if s in states}
+        )
 
     async def check(self) -> list[Check]:
         from polyvisor.host.doctor import check_host
@@ -86,30 +83,32 @@ class Host:
 
     async def remove(self, name: str, *, force: bool = False) -> None:
         async with self.store.locked(name, "rm") as vm:
-            if vm.alive():
+            if await self.drivers.lives(vm):
                 if not force:
-                    state = (await self.driver.inspect(vm)).state
+                    state = (await self.drivers.of(vm).inspect(vm)).state
                     raise WrongState(f"VM '{name}' is {state}", hint=f"stop it first, or: polyvisor rm --force {name}")
-                await self.driver.kill(vm)
+                await self.drivers.of(vm).kill(vm)
             if not self.store.remove(name):
                 raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
 
     async def _discard(self, vm: VMDirectory) -> None:
         """Undo the making of a VM, which may run by now (Ctrl-C can come at any time)."""
-        await self.driver.kill(vm)
+        await self.drivers.of(vm).kill(vm)
         self.store.remove(vm.name)
 
     async def _check(self, spec: VMSpec, progress: Progress) -> Image:
         """Everything that can be wrong with `spec` on this host, changing nothing but the image store."""
         from polyvisor.host.machine import total_memory_mib
-        from polyvisor.host.plan import check_devices, choose_accelerator, choose_firmware, choose_mode
+        from polyvisor.host.plan import check_devices, check_networks, choose_accelerator, choose_firmware, choose_mode
         from polyvisor.host.prepare import check_disk_sizes
 
-        choose_accelerator(spec, await self.capabilities())
+        chosen = choose_accelerator(spec, *await self.capabilities())
         if spec.memory_mib is not None and spec.memory_mib > (total := total_memory_mib()):
             raise InvalidInput("memory_mib", spec.memory_mib, f"this host has {total} MiB", hint="ask for less")
+        if xen := await self._xen(chosen):
+            check_networks(spec, xen)
         image = await self.images.ensure(spec.image, progress)
-        choose_firmware(spec, image, choose_mode(spec, image))
+        choose_firmware(spec, image, choose_mode(spec, image, xen), xen)
         check_devices(spec, image)
         check_disk_sizes(spec, image)
         return image
@@ -143,7 +142,7 @@ class Host:
 
     async def _start(self, vm: VMDirectory, progress: Progress, *, fresh: bool = False) -> VMStatus:
         from polyvisor.host import prepare
-        from polyvisor.host.plan import choose_accelerator, explain_choice
+        from polyvisor.host.plan import choose_accelerator, choose_mode, explain_choice, explain_mode
         from polyvisor.network.ports import with_free_ports
 
         if await self._is_started(vm):
@@ -151,38 +150,40 @@ class Host:
         if vm.is_saved() and not fresh:
             from polyvisor.host import saved
 
-            await saved.restore(vm, self.driver, str(self.home.path), progress)
+            await saved.restore(vm, self.drivers.of(vm), str(self.home.path), progress)
             return await self._status(vm)
         self._let_run(vm)
         record = vm.record
         image = self.images.store.by_id(record.image_id)
         capabilities = await self.capabilities()
-        chosen = choose_accelerator(record.spec, capabilities)
-        await prepare.refresh(vm, record, image, self.images.store, self.home.keys)
-        reason = explain_choice(chosen, capabilities)
+        chosen = choose_accelerator(record.spec, *capabilities)
+        xen = await self._xen(chosen)
+        mode = choose_mode(record.spec, image, xen)
+        await prepare.refresh(vm, record, image, self.images.store, self.home.keys, mode)
+        reason = explain_mode(mode, record.spec, xen) if xen else explain_choice(chosen, *capabilities)
         observed = await with_free_ports(lambda: self._launch(vm, record, image, chosen, reason))
         return self._status_of(vm, observed)
 
     async def _is_started(self, vm: VMDirectory) -> bool:
         """Whether the VM is alive; a restore of it that was cut off is finished, or undone where memory is missing still."""
-        if not vm.alive():
+        if not await self.drivers.lives(vm):
             return False
         if vm.is_restoring():
             from polyvisor.host import saved
 
             if vm.is_saved():
-                await self.driver.kill(vm)
+                await self.drivers.of(vm).kill(vm)
                 return False
-            await saved.finish(vm, self.driver)
+            await saved.finish(vm, self.drivers.of(vm))
         return True
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
         from polyvisor.host import saved
 
-        if reason := (await self.capabilities()).missing.get("save"):
-            raise Unsupported(f"VM '{name}' can't be saved: {reason}")
         async with self._locked(name, "save") as vm:
-            await saved.save(vm, self.driver, progress)
+            if reason := (await self._capabilities_of(vm)).missing.get("save"):
+                raise Unsupported(f"VM '{name}' can't be saved: {reason}")
+            await saved.save(vm, self.drivers.of(vm), progress)
             return await self._status(vm)
 
     def _let_run(self, vm: VMDirectory) -> None:
@@ -194,7 +195,7 @@ class Host:
 
     async def _end(self, vm: VMDirectory) -> None:
         """End a VM now; one that is saved stays so."""
-        await self.driver.kill(vm)
+        await self.drivers.of(vm).kill(vm)
         if vm.saved.exists():
             from polyvisor.host.saved import tidy
 
@@ -207,9 +208,12 @@ class Host:
         from polyvisor.host.plan import build_boot
 
         boot = build_boot(
-            record, image, self.images.store.directory(image), chosen.name, vm.launch(), str(self.home.path)
+            *(record, image, self.images.store.directory(image), chosen.name, vm.launch(), str(self.home.path)),
+            await self._xen(chosen),
         )
-        command = await self.driver.command(boot)
+        driver = self.drivers.running(chosen.name)
+        driver.prepare(vm, boot)
+        command = await driver.command(boot)
         vm.write_launch(
             Launch(
                 started_at=time.time(),
@@ -223,7 +227,7 @@ class Host:
             )
         )
         async with Reserve(self.home.keys) as reserve:
-            return await self.driver.start(vm, command, record.user, meanwhile=reserve.begin)
+            return await driver.start(vm, command, record.user, meanwhile=reserve.begin)
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         async with self._locked(name, "stop") as vm:
@@ -233,7 +237,7 @@ class Host:
     async def _stop(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
         began = time.monotonic()
         if vm.alive() and timeout_s > 0:
-            observed = await self.driver.inspect(vm)
+            observed = await self.drivers.of(vm).inspect(vm)
             restoring = vm.is_saved() and vm.is_restoring()
             if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
                 await self._press_power_button(vm, observed.state)
@@ -246,8 +250,8 @@ class Host:
         try:
             if state is VMState.PAUSED:
                 self._let_run(vm)
-                await self.driver.resume(vm)
-            await self.driver.shutdown(vm)
+                await self.drivers.of(vm).resume(vm)
+            await self.drivers.of(vm).shutdown(vm)
         except PolyvisorError:
             await pause(_POLL_S)
             if vm.alive():  # or it has ended on its own meanwhile
@@ -265,21 +269,21 @@ class Host:
             await self._require_whole(vm, "reboot")
             self._let_run(vm)
             progress(Step("rebooting"))
-            await (self.driver.reset(vm) if force else self.driver.reboot(vm, timeout_s))
+            await (self.drivers.of(vm).reset(vm) if force else self.drivers.of(vm).reboot(vm, timeout_s))
             return await self._status(vm)
 
     async def pause(self, name: str) -> VMStatus:
         async with self._locked(name, "pause") as vm:
             await self._require_whole(vm, "pause")
             self._let_run(vm)
-            await self.driver.pause(vm)
+            await self.drivers.of(vm).pause(vm)
             return await self._status(vm)
 
     async def resume(self, name: str) -> VMStatus:
         async with self._locked(name, "resume") as vm:
             await self._require_whole(vm, "resume")
             self._let_run(vm)
-            await self.driver.resume(vm)
+            await self.drivers.of(vm).resume(vm)
             return await self._status(vm)
 
     # Observing
@@ -290,7 +294,7 @@ class Host:
     async def vms(self) -> list[VMStatus]:
         every = [VMDirectory(self.home.vms / name) for name in self.store.names()]
         # Those that are alive are asked all at once; there is nothing to wait for with the others, often the most.
-        alive = [vm for vm in every if vm.alive()]
+        alive = [vm for vm in every if self.drivers.may_live(vm)]
         asked = await self._ask_all(alive) if alive else {}
         statuses = [asked[v.name] if v.name in asked else await self._status_or_reason(v, alive=False) for v in every]
         return [status for status in statuses if status is not None]
@@ -327,7 +331,9 @@ class Host:
     async def _status_or_reason(self, vm: VMDirectory, *, alive: bool) -> VMStatus | None:
         """The status of a VM in a list: one that can't be read is shown with the reason, one just removed is left out."""
         try:
-            return self._status_of(vm, await self.driver.inspect(vm) if alive else self.driver.ended(vm))
+            return self._status_of(
+                vm, await self.drivers.of(vm).inspect(vm) if alive else self.drivers.of(vm).ended(vm)
+            )
         except NotFound:
             return None
         except PolyvisorError as error:
@@ -342,7 +348,7 @@ class Host:
             )
 
     async def _status(self, vm: VMDirectory) -> VMStatus:
-        return self._status_of(vm, await self.driver.inspect(vm))
+        return self._status_of(vm, await self.drivers.of(vm).inspect(vm))
 
     def _status_of(self, vm: VMDirectory, observed: Observed) -> VMStatus:
         record, launch = vm.record, vm.launch()
@@ -372,14 +378,14 @@ class Host:
         from polyvisor.host import forwards
 
         async with self._locked(name, "forward") as vm:
-            await forwards.add(vm, self.driver, forward)
+            await forwards.add(vm, self.drivers.of(vm), forward)
             return await self._status(VMDirectory(vm.path))
 
     async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
         from polyvisor.host import forwards
 
         async with self._locked(name, "forward") as vm:
-            await forwards.remove(vm, self.driver, forward)
+            await forwards.remove(vm, self.drivers.of(vm), forward)
             return await self._status(VMDirectory(vm.path))
 
     # Inside the VM
@@ -389,7 +395,7 @@ class Host:
 
         vm = self.store.get(name)
         await self._require_alive(vm, "give a console")
-        return await open_console(vm)
+        return await open_console(vm, self.drivers.of(vm).console)
 
     async def log(self, name: str, *, hypervisor: bool = False, follow: bool = False) -> AsyncIterator[bytes]:
         from polyvisor.host.inside import read_log
@@ -406,23 +412,11 @@ class Host:
         return await ssh_target(vm, status, self.images.store.by_id(vm.record.image_id), self.home.keys)
 
     async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
-        from polyvisor.host.inside import patience, ssh_answers
+        from polyvisor.host.inside import until_ssh_answers
 
         await event_loop()
         target = await self.ssh_target(name)
-        began = time.monotonic()
-        vm = self.store.get(name)
-        waited = 0.0
-        while not await ssh_answers(target, patience(waited)):
-            waited = time.monotonic() - began
-            if not vm.alive():
-                raise WrongState(f"VM '{name}' ended while it was booting", hint=f"polyvisor logs {name}")
-            if waited > timeout_s:
-                raise TimedOut(
-                    f"SSH of VM '{name}' does not answer after {timeout_s:.0f} s", hint=f"polyvisor logs {name}"
-                )
-            progress(Step("waiting for SSH", int(waited), int(timeout_s), "s"))
-            await pause(_POLL_S)
+        await until_ssh_answers(self.store.get(name), target, timeout_s, progress)
         return target
 
     # Images
@@ -466,12 +460,20 @@ class Host:
 
     # Helpers
 
+    async def _xen(self, chosen: Accelerator) -> Capabilities | None:
+        """What Xen's driver can do, where it was `chosen`."""
+        return next((c for c in await self.capabilities() if c.driver == chosen.name), None)
+
+    async def _capabilities_of(self, vm: VMDirectory) -> Capabilities:
+        name = self.drivers.of(vm).name
+        return next(c for c in await self.capabilities() if c.driver == name)
+
     def _locked(self, name: str, verb: str) -> Any:
         self.store.get(name)
         return self.store.locked(name, verb)
 
     async def _require_alive(self, vm: VMDirectory, verb: str) -> None:
-        state = (await self.driver.inspect(vm)).state
+        state = (await self.drivers.of(vm).inspect(vm)).state
         if not state.alive:
             state = VMState.SAVED if vm.is_saved() else state
             raise WrongState(f"VM '{vm.name}' is {state}: it can't {verb}", hint=f"polyvisor start {vm.name}")

@@ -6,24 +6,28 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from polyvisor.errors import Busy, NotFound, WrongState
+from polyvisor.errors import Busy, NotFound, TimedOut, WrongState
 from polyvisor.host.api import SSHTarget
 from polyvisor.host.keys import KNOWN_HOSTS, login_key
 from polyvisor.host.store import VMDirectory
 from polyvisor.images.image import Image
 from polyvisor.network.ports import SSH_PORT
+from polyvisor.operation import Progress, Step
 from polyvisor.status import VMStatus
 
-CONSOLE_SOCKET = "console.sock"
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _CHUNK = 64 << 10
 _POLL_S = 0.1
 
 
-async def open_console(vm: VMDirectory) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the serial console; raises Busy where another client has it.
+async def open_console(
+    vm: VMDirectory, connect: Callable[[VMDirectory], Awaitable[Streams]]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The serial console, to which the driver's `connect` leads; raises Busy where another client has it.
 
     QEMU serves one client and lets others wait in silence, so clients exclude each other by a lock that lives as long as
     their connection.
@@ -31,11 +35,7 @@ async def open_console(vm: VMDirectory) -> tuple[asyncio.StreamReader, asyncio.S
     lock = os.open(vm.path / "console.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        directory = os.open(vm.run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{CONSOLE_SOCKET}")
-        finally:
-            os.close(directory)
+        reader, writer = await connect(vm)
     except BlockingIOError as error:
         os.close(lock)
         hint = f"watch it with: polyvisor logs --follow {vm.name}"
@@ -111,6 +111,20 @@ def patience(waited_s: float) -> float:
     with much to do, and starting over would only add to that.
     """
     return min(1.0 + waited_s / 4, 20.0)
+
+
+async def until_ssh_answers(vm: VMDirectory, target: SSHTarget, timeout_s: float, progress: Progress) -> None:
+    """Wait for the guest's SSH server; raises WrongState as soon as the VM ends, TimedOut."""
+    began, waited = time.monotonic(), 0.0
+    while not await ssh_answers(target, patience(waited)):
+        waited = time.monotonic() - began
+        if not vm.alive():
+            raise WrongState(f"VM '{vm.name}' ended while it was booting", hint=f"polyvisor logs {vm.name}")
+        if waited > timeout_s:
+            problem = f"SSH of VM '{vm.name}' does not answer after {timeout_s:.0f} s"
+            raise TimedOut(problem, hint=f"polyvisor logs {vm.name}")
+        progress(Step("waiting for SSH", int(waited), int(timeout_s), "s"))
+        await asyncio.sleep(_POLL_S)
 
 
 async def ssh_answers(target: SSHTarget, timeout_s: float) -> bool:

@@ -21,16 +21,13 @@ def total_memory_mib() -> int:
     return _meminfo("MemTotal")
 
 
-def host_status(
-    home: Home, drivers: tuple[Capabilities, Capabilities | None], vms_by_state: dict[str, int]
-) -> HostStatus:
-    """The status of this machine; `drivers` is what QEMU's driver found, and Xen's where this is a Xen host."""
-    qemu, xen = drivers
+def host_status(home: Home, drivers: tuple[Capabilities, ...], vms_by_state: dict[str, int]) -> HostStatus:
+    """The status of this machine; `drivers` is what its drivers found, the preferred first."""
     try:
-        chosen = choose_accelerator(_ANY, qemu)
-        hypervisor, reason = chosen.name, explain_choice(chosen, qemu)
+        chosen = choose_accelerator(_ANY, *drivers)
+        hypervisor, reason = chosen.name, explain_choice(chosen, *drivers)
     except Unsupported as error:
-        hypervisor, reason = None, xen.missing["start"] if xen else error.message
+        hypervisor, reason = None, error.message
     system = os.uname()
     return HostStatus(
         name=socket.gethostname(),
@@ -44,7 +41,7 @@ def host_status(
         storage_free_mib=_free_mib(home.path),
         hypervisor=hypervisor,
         hypervisor_reason=reason,
-        capabilities=(qemu,) if xen is None else (qemu, xen),
+        capabilities=drivers,
         vms_by_state=vms_by_state,
     )
 

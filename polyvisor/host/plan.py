@@ -21,6 +21,7 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, VMSpec
 from polyvisor.status import Accelerator, Capabilities
 
+_NO_XEN = Accelerator(name="xen", available=False, reason="this is no Xen host: it has not been booted by Xen")
 SEED_DISK = Path("disks/seed.iso")
 SEEDED_INITRD = Path("disks/initrd")
 UEFI_VARIABLES = Path("disks/uefi-vars.fd")
@@ -31,46 +32,49 @@ def disk_path(index: int) -> Path:
     return Path(f"disks/disk{index}.qcow2")
 
 
-def choose_accelerator(spec: VMSpec, capabilities: Capabilities) -> Accelerator:
-    """What runs the guest; raises Unsupported, with the reason, where what the spec asks for does not work here."""
-    if spec.cpu == NESTED and (reason := capabilities.missing.get("nested-kvm")):
-        capabilities = _without_kvm(capabilities, reason)
-    if spec.hypervisor is Hypervisor.XEN:
-        raise Unsupported(
-            "hypervisor: xen: this version of Polyvisor has no Xen driver yet", hint="use auto, kvm or tcg"
-        )
-    offered = {accelerator.name: accelerator for accelerator in capabilities.accelerators}
+def choose_accelerator(spec: VMSpec, *drivers: Capabilities) -> Accelerator:
+    """What runs the guest, of what `drivers` offer, the preferred first.
+
+    Raises Unsupported, with the reason, where what the spec asks for does not work here.
+    """
+    offered = [accelerator for driver in drivers for accelerator in _offered(spec, driver)]
     if spec.hypervisor is not Hypervisor.AUTO:
-        if (chosen := offered[spec.hypervisor.value]).available:
+        chosen = next((each for each in offered if each.name == spec.hypervisor.value), _NO_XEN)
+        if chosen.available:
             return chosen
         raise Unsupported(f"hypervisor: {chosen.name} does not work here: {chosen.reason}", hint="use hypervisor: auto")
-    for accelerator in capabilities.accelerators:
+    for accelerator in offered:
         if accelerator.available:
             return accelerator
-    raise Unsupported(f"no hypervisor works here: {capabilities.accelerators[0].reason}", hint="polyvisor doctor")
+    raise Unsupported(f"no hypervisor works here: {offered[0].reason}", hint="polyvisor doctor")
 
 
-def _without_kvm(capabilities: Capabilities, reason: str) -> Capabilities:
-    accelerators = tuple(
-        replace(each, available=False, reason=reason) if each.name == "kvm" else each
-        for each in capabilities.accelerators
+def _offered(spec: VMSpec, driver: Capabilities) -> tuple[Accelerator, ...]:
+    """The accelerators of `driver`, those that can't nest as not available where `spec` wants that."""
+    missing = {"kvm": driver.missing.get("nested-kvm"), "xen": driver.missing.get("nested")}
+    return tuple(
+        replace(each, available=False, reason=reason)
+        if spec.cpu == NESTED and each.available and (reason := missing.get(each.name))
+        else each
+        for each in driver.accelerators
     )
-    return replace(capabilities, accelerators=accelerators)
 
 
-def explain_choice(chosen: Accelerator, capabilities: Capabilities) -> str:
+def explain_choice(chosen: Accelerator, *drivers: Capabilities) -> str:
     """Why `chosen` was chosen, in one line."""
-    better = [a for a in capabilities.accelerators if not a.available]
+    better = [a for driver in drivers for a in driver.accelerators if not a.available]
     if chosen.name == "tcg" and better:
         return f"{better[0].name} does not work here: {better[0].reason}"
     return chosen.reason
 
 
-def choose_mode(spec: VMSpec, image: Image) -> Mode:
+def choose_mode(spec: VMSpec, image: Image, xen: Capabilities | None = None) -> Mode:
     """How the VM boots: by its own disk where that can be booted from, so that the guest's own kernel runs.
 
-    Raises InvalidInput where the image can't boot as the spec asks.
+    `xen` is what Xen's driver can do, where the VM runs on Xen. Raises InvalidInput where the image can't boot so.
     """
+    if xen is not None:
+        return _choose_xen_mode(spec, image, xen)
     if spec.mode is Mode.PV:
         raise InvalidInput("mode", "pv", "paravirtualized guests need Xen", hint="use pvh or hvm")
     if spec.mode is Mode.PVH and image.kernel is None:
@@ -82,15 +86,45 @@ def choose_mode(spec: VMSpec, image: Image) -> Mode:
     return Mode.HVM if image.disk is not None else Mode.PVH
 
 
-def choose_firmware(spec: VMSpec, image: Image, mode: Mode) -> Firmware:
+def _choose_xen_mode(spec: VMSpec, image: Image, xen: Capabilities) -> Mode:
+    """PVH for a kernel that Xen is given, PV for one on a CPU without virtualization, HVM for what boots by firmware."""
+    auto = (
+        next((mode for mode in (Mode.PVH, Mode.PV) if mode.value in xen.modes), Mode.PV) if image.kernel else Mode.HVM
+    )
+    mode = auto if spec.mode is Mode.AUTO else spec.mode
+    if mode.value not in xen.modes:
+        raise InvalidInput("mode", mode.value, xen.missing.get(mode.value, "this Xen does not offer it"))
+    if mode is not Mode.HVM and image.kernel is None:
+        raise InvalidInput("mode", mode.value, f"image '{image.name}' has no kernel to boot directly", hint="use hvm")
+    return mode
+
+
+def explain_mode(mode: Mode, spec: VMSpec, xen: Capabilities) -> str:
+    """Why a VM of Xen got `mode`, in one line."""
+    if spec.mode is not Mode.AUTO:
+        return f"mode {mode}: asked for"
+    if mode is Mode.PV:
+        return f"mode pv: {xen.missing.get('pvh', 'this Xen has no pvh')}"
+    return "mode pvh: the image has a kernel" if mode is Mode.PVH else "mode hvm: the image has no kernel of its own"
+
+
+def boots_directly(image: Image, mode: Mode) -> bool:
+    """Whether the hypervisor is given the image's kernel, rather than firmware its disk."""
+    return image.kernel is not None and (mode is not Mode.HVM or image.disk is None)
+
+
+def choose_firmware(spec: VMSpec, image: Image, mode: Mode, xen: Capabilities | None = None) -> Firmware:
     """BIOS where the image boots by it, UEFI where it boots by that alone; AUTO stands for none, in mode pvh."""
     if mode is not Mode.HVM:
         if spec.firmware is not Firmware.AUTO:
             raise InvalidInput("firmware", spec.firmware.value, "mode pvh boots without firmware", hint="use mode: hvm")
         return Firmware.AUTO
-    if spec.firmware is not Firmware.AUTO:
-        return spec.firmware
-    return Firmware.UEFI if image.firmware == ("uefi",) else Firmware.BIOS
+    firmware = spec.firmware
+    if firmware is Firmware.AUTO:
+        firmware = Firmware.UEFI if image.firmware == ("uefi",) else Firmware.BIOS
+    if xen is not None and firmware is Firmware.UEFI:
+        raise InvalidInput("firmware", "uefi", xen.missing["uefi"])
+    return firmware
 
 
 def check_devices(spec: VMSpec, image: Image) -> None:
@@ -101,6 +135,13 @@ def check_devices(spec: VMSpec, image: Image) -> None:
         raise InvalidInput("disks", disks, "are too many for emulated IDE", hint=hint)
 
 
+def check_networks(spec: VMSpec, capabilities: Capabilities) -> None:
+    """Raise Unsupported where the driver has no such network: `missing` names them by their kind."""
+    for nic in spec.nics:
+        if reason := capabilities.missing.get(nic.network.partition(":")[0]):
+            raise Unsupported(f"network: {nic.network}: {reason}", hint="use network: none")
+
+
 def build_boot(
     record: Record,
     image: Image,
@@ -108,17 +149,18 @@ def build_boot(
     accelerator: str,
     last: Launch | None = None,
     place: str = "",
+    xen: Capabilities | None = None,
 ) -> Boot:
     """The `Boot` of a VM: `image_directory` holds the image's files, `last` is how it was last started.
 
-    `place` tells apart private networks of the same name.
+    `place` tells apart private networks of the same name; `xen` is as for `choose_mode`.
 
     Raises InvalidInput where a port is taken.
     """
     spec = record.spec
-    mode = choose_mode(spec, image)
-    firmware = choose_firmware(spec, image, mode)
-    direct = mode is Mode.PVH and image.kernel is not None
+    mode = choose_mode(spec, image, xen)
+    firmware = choose_firmware(spec, image, mode, xen)
+    direct = boots_directly(image, mode)
     return Boot(
         name=spec.name,
         id=record.id,

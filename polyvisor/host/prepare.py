@@ -16,8 +16,8 @@ from polyvisor.host.plan import (
     SEED_DISK,
     SEEDED_INITRD,
     UEFI_VARIABLES,
+    boots_directly,
     choose_firmware,
-    choose_mode,
     disk_path,
 )
 from polyvisor.host.record import Record
@@ -84,11 +84,10 @@ def write_known_host(vm: VMDirectory, record: Record) -> None:
     write_atomic(vm.path / KNOWN_HOSTS, f"{record.spec.name} {read_host_key(vm.path).public}\n")
 
 
-async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
-    """Make what a start needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables where there are none."""
+async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode) -> None:
+    """Make what a start in `mode` needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables."""
     with storage_errors(f"shortening the console log of VM '{vm.name}'"):
         shorten_log(vm.console_log)
-    mode = choose_mode(record.spec, image)
     seed = await _write_seed(vm, record, image, images, keys, mode)
     if record.user is not None and seed is not None:
         os.chown(seed, record.user, record.user)
@@ -130,7 +129,9 @@ async def _make_disks(vm: VMDirectory, record: Record, image: Image, images: Ima
 async def _write_seed(
     vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode
 ) -> Path | None:
-    if image.seed is Seed.NONE or (image.seed is Seed.INITRD and (mode is not Mode.PVH or image.initrd is None)):
+    if image.seed is Seed.NONE or (
+        image.seed is Seed.INITRD and (not boots_directly(image, mode) or image.initrd is None)
+    ):
         return None
     _, public = await login_key(keys)
     spec = record.spec

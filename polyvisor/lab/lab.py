@@ -161,9 +161,10 @@ class Lab:
         self._known_hosts(host).unlink(missing_ok=True)
 
     async def _vcpus(self, kind: Kind) -> int:
-        capabilities = await self.host.capabilities()
-        accelerator = choose_accelerator(VMSpec(name="lab", image=f"lab-{kind}", cpu=NESTED), capabilities)
-        return default_vcpus(kind, accelerator.name, version_numbers(capabilities.version or "0"))
+        drivers = await self.host.capabilities()
+        accelerator = choose_accelerator(VMSpec(name="lab", image=f"lab-{kind}", cpu=NESTED), *drivers)
+        qemu = next(each for each in drivers if each.driver == "qemu")
+        return default_vcpus(kind, accelerator.name, version_numbers(qemu.version or "0"))
 
     async def _image(self, kind: Kind, suite: str, progress: Progress) -> None:
         name = image_name(kind, suite)

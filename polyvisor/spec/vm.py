@@ -141,7 +141,8 @@ class VMSpec:
     )
     hypervisor: Hypervisor = field(default=Hypervisor.AUTO, metadata=setting("auto, kvm, xen or tcg"))
     mode: Mode = field(
-        default=Mode.AUTO, metadata=setting("virtualization mode: auto, pvh (direct kernel) or hvm (firmware)")
+        default=Mode.AUTO,
+        metadata=setting("virtualization mode: auto, pv (Xen alone), pvh (direct kernel) or hvm (firmware)"),
     )
     firmware: Firmware = field(default=Firmware.AUTO, metadata=setting("in mode hvm: auto, bios or uefi"))
     devices: DeviceModel = field(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
-from polyvisor.drivers.qemu.argv import OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
+from polyvisor.drivers.qemu.argv import CONSOLE_SOCKET, OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
 from polyvisor.drivers.qemu.devices import hostfwd
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
 from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi, version_numbers
@@ -35,6 +35,8 @@ from polyvisor.status import Accelerator, Capabilities, VMState
 from polyvisor.waiting import pause
 
 if TYPE_CHECKING:
+    import asyncio
+
     from polyvisor.process import Program
 
 START_S = 60.0
@@ -123,6 +125,9 @@ class QemuDriver:
         code = find_uefi()[0] if boot.firmware is Firmware.UEFI else None
         return Command(argv=qemu.complete(build_argv(qemu.binary, boot, code)), version=qemu.version)
 
+    def prepare(self, vm: VMDirectory, boot: Boot) -> None:
+        """All of it is in the command."""
+
     async def start(
         self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
     ) -> Observed:
@@ -192,6 +197,15 @@ class QemuDriver:
         said = _last_words(vm)
         killed = "its process was killed (by someone, or by the kernel for want of memory: see dmesg)"
         return Observed(state=VMState.CRASHED, reason=f"QEMU said: {said}" if said else killed)
+
+    async def console(self, vm: VMDirectory) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        import asyncio
+
+        directory = os.open(vm.run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{Path(CONSOLE_SOCKET).name}")
+        finally:
+            os.close(directory)
 
     async def shutdown(self, vm: VMDirectory) -> None:
         async with self._monitor(vm) as monitor:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from polyvisor.drivers.xen import xl
+from polyvisor.drivers.xen.dom0 import is_dom0
 from polyvisor.errors import PolyvisorError
 from polyvisor.status import Accelerator, Capabilities
 
-NO_DRIVER = "this version of Polyvisor has no Xen driver yet"
+MISSING = {
+    "save": "saving VMs of Xen is not there yet",
+    "user": "cards on a user network are not there yet on Xen",
+    "private": "private networks are not there yet on Xen",
+    "uefi": "UEFI firmware for guests of Xen is not there yet",
+    "nested": "guests of Xen can't run VMs",
+}
 
 
 async def probe() -> Capabilities | None:
     """The capabilities of the Xen below this system; None where it is no dom0."""
-    if not xl.is_dom0():
+    if not is_dom0():
         return None
     try:
         info = await xl.info()
@@ -26,5 +33,5 @@ async def probe() -> Capabilities | None:
             Accelerator(name="xen", available=True, reason=f"virt_caps: {' '.join(info.virt_caps) or 'none'}"),
         ),
         modes=info.modes,
-        missing={"start": NO_DRIVER, **xl.missing_modes(info.modes)},
+        missing={**MISSING, **xl.missing_modes(info.modes)},
     )

@@ -1,0 +1,324 @@
+"""The Xen driver: guests in modes pv, pvh and hvm, each a domain that `xl create -F` waits for.
+
+That process runs in the VM's directory, holds the lock on the VM's `alive` file, starts the guest anew when it reboots, and
+writes into the VM's log what becomes of the domain. Xen's console client and its QEMU inherit the lock, so a VM whose `xl` was
+killed is alive still, for as long as its domain is. What a domain does is asked of `xl list`. See docs/design/xen-driver.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
+
+from polyvisor.drivers.base import Boot, BootNic, Command, Observed
+from polyvisor.drivers.xen import xl
+from polyvisor.drivers.xen.config import CONSOLE_SOCKET, build_config
+from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_log
+from polyvisor.drivers.xen.probe import MISSING, probe
+from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
+from polyvisor.files import storage_errors, write_atomic
+from polyvisor.host.record import Launch, boot_id
+from polyvisor.host.store import VMDirectory
+from polyvisor.operation import Progress
+from polyvisor.process import spawn_detached
+from polyvisor.spec.forward import Forward
+from polyvisor.spec.vm import Mode
+from polyvisor.status import Capabilities, VMState
+from polyvisor.waiting import event_loop, pause
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from polyvisor.process import Program
+
+CONFIG = "xl.cfg"
+CONSOLE_INPUT = "run/console.in"
+START_S = 120.0
+KILL_S = 30.0
+RESET_S = 60.0
+_POLL_S = 0.05
+_LOG_TAIL = 64 << 10
+
+
+class XenDriver:
+    """Xen through `xl`, on the control domain."""
+
+    name = "xen"
+
+    def __init__(self) -> None:
+        self._look: asyncio.Future[Mapping[str, Domain]] | None = None
+
+    async def probe(self) -> Capabilities:
+        found = await probe()
+        if found is None:
+            raise Unavailable("this system is not the control domain of a Xen", hint="polyvisor doctor")
+        return found
+
+    async def command(self, boot: Boot) -> Command:
+        """The exact command that `start` runs; the configuration that it reads is written by `prepare`."""
+        for nic in boot.nics:
+            if nic.network != "none":
+                raise Unsupported(MISSING[nic.network.partition(":")[0]], hint="use network: none")
+        words = (xl.program(), "create", "-F", *(() if boot.mode is Mode.HVM else ("-c",)), CONFIG)
+        return Command(argv=words, version=(await xl.info()).version)
+
+    def prepare(self, vm: VMDirectory, boot: Boot) -> None:
+        """Write the configuration of `boot` into the VM's directory."""
+        with storage_errors(f"writing the configuration of VM '{vm.name}'"):
+            write_atomic(vm.path / CONFIG, build_config(boot, vm.path))
+
+    async def start(
+        self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Observed:
+        """Run `command` in directory `vm` and wait until the domain runs; raises CannotStart, with what xl said.
+
+        The domain's QEMU and `xl` itself are root's, as Xen's toolstack is: `user` is nobody here.
+        """
+        if not self.settled(vm) and (domain := await _find(vm)):
+            raise WrongState(f"VM '{vm.name}' has a domain already ({domain.id})", hint=f"polyvisor kill {vm.name}")
+        with storage_errors(f"starting VM '{vm.name}'"):
+            (vm.path / CONSOLE_SOCKET).unlink(missing_ok=True)
+            process = _spawn(vm, command.argv)
+        try:
+            meanwhile()
+            await self._until_begun(vm, process)
+        except BaseException:
+            await self._undo(vm, process)
+            raise
+        return Observed(state=VMState.RUNNING, pid=process.pid)
+
+    async def _until_begun(self, vm: VMDirectory, process: Program) -> None:
+        deadline = time.monotonic() + START_S
+        while _told(vm).boots == 0:
+            if process.poll() is not None and _told(vm).boots == 0:
+                hint = f"polyvisor logs --hypervisor {vm.name} shows all of what xl said"
+                raise CannotStart(_last_words(vm) or "xl has ended without a word", hint=hint)
+            if time.monotonic() > deadline:
+                raise TimedOut(f"xl did not make the domain of VM '{vm.name}' within {START_S:.0f} s")
+            await pause(_POLL_S)
+
+    async def _undo(self, vm: VMDirectory, process: Program) -> None:
+        """Leave nothing of a start that failed: xl may have made a domain and have been ended before it took it back."""
+        process.kill()
+        process.wait()
+        with contextlib.suppress(PolyvisorError):
+            if domain := await _find(vm):
+                await xl.xl("destroy", str(domain.id))
+
+    async def inspect(self, vm: VMDirectory) -> Observed:
+        """How the VM is now: by its lock whether it lives, by Xen's list whether it runs."""
+        if not vm.alive() and self.settled(vm):
+            return self.ended(vm)
+        try:
+            domain = (await self._listed()).get(vm.record.id)
+        except PolyvisorError as error:
+            return Observed(state=VMState.UNRESPONSIVE, reason=error.message, pid=_told(vm).pid)
+        return self._observed(vm, domain)
+
+    async def _listed(self) -> Mapping[str, Domain]:
+        """The domains of this host; whoever asks while another does shares the answer: a list of many VMs calls xl once."""
+        import asyncio
+
+        await event_loop()
+        if self._look is None or self._look.done():
+            self._look = asyncio.ensure_future(_domains())
+        return await asyncio.shield(self._look)
+
+    def settled(self, vm: VMDirectory) -> bool:
+        """Whether nothing can be left of the VM's last domain: it has ended before somebody's eyes, or the host went down."""
+        if not (vm.path / CONFIG).exists() or (launch := vm.launch()) is None or launch.boot_id != boot_id():
+            return True
+        return _told(vm).state is not None
+
+    def _observed(self, vm: VMDirectory, domain: Domain | None) -> Observed:
+        told = _told(vm)
+        if domain is None:
+            if vm.alive():  # between two boots of a guest that reboots, or a moment before xl ends
+                return Observed(state=VMState.RUNNING, pid=told.pid)
+            return self.ended(vm)
+        lost = None if told.pid and _is_xl(told.pid) else "its xl was killed: it can't reboot, and stays when it ends"
+        if domain.shut_down and lost:
+            return Observed(
+                state=VMState.UNRESPONSIVE, reason=f"the guest has ended; polyvisor kill {vm.name} frees it"
+            )
+        state = VMState.PAUSED if domain.paused else VMState.RUNNING
+        return Observed(state=state, reason=lost, pid=told.pid)
+
+    def ended(self, vm: VMDirectory) -> Observed:
+        """A VM without a process, by what xl said at its end."""
+        launch = vm.launch()
+        if launch is None or not (vm.path / CONFIG).exists():
+            return Observed(state=VMState.STOPPED)
+        told = _told(vm)
+        if told.state is not None or told.boots == 0:
+            return Observed(state=told.state or VMState.STOPPED, reason=told.reason)
+        if launch.boot_id != boot_id():
+            return Observed(state=VMState.CRASHED, reason="the host went down while it ran")
+        return Observed(state=VMState.CRASHED, reason="its xl was killed (by someone, or by the kernel: see dmesg)")
+
+    async def lives(self, vm: VMDirectory) -> bool:
+        """Whether a domain of this VM is there, even where every process of it was killed."""
+        return vm.alive() or (not self.settled(vm) and await _find(vm) is not None)
+
+    async def console(self, vm: VMDirectory) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        from polyvisor.drivers.xen.console import connect
+
+        return await connect(vm, CONSOLE_INPUT, CONSOLE_SOCKET)
+
+    async def shutdown(self, vm: VMDirectory) -> None:
+        await xl.xl("shutdown", "-F", str((await self._domain(vm)).id))
+
+    async def kill(self, vm: VMDirectory) -> None:
+        """Destroy the domain, and return when everything of it has ended."""
+        deadline = time.monotonic() + KILL_S
+        while await self.lives(vm):
+            if domain := await _find(vm):
+                _note(vm, OURS)
+                with contextlib.suppress(ProcessFailed):  # it has ended meanwhile, or the next look finds it again
+                    await xl.xl("destroy", str(domain.id))
+            if time.monotonic() > deadline:
+                raise TimedOut(f"the domain of VM '{vm.name}' does not end", hint="look for it with: xl list -v")
+            await pause(_POLL_S)
+
+    async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
+        """Ask the guest to reboot, upon which xl starts it anew; raises TimedOut."""
+        if vm.record.spec.on_reboot.value == "stop":
+            raise Unsupported(f"VM '{vm.name}' stops where it reboots (on_reboot: stop)", hint="stop it, then start it")
+        await self._anew(vm, timeout_s, lambda domain: xl.xl("reboot", "-F", str(domain.id)))
+
+    async def reset(self, vm: VMDirectory) -> None:
+        from polyvisor.drivers.xen.xenctrl import shut_down
+
+        async def press(domain: Domain) -> str:
+            shut_down(domain.id)
+            return ""
+
+        await self._anew(vm, RESET_S, press)
+
+    async def _anew(self, vm: VMDirectory, timeout_s: float, act: Callable[[Domain], Awaitable[object]]) -> None:
+        boots, deadline = _told(vm).boots, time.monotonic() + timeout_s
+        await act(await self._domain(vm))
+        while _told(vm).boots == boots:
+            if time.monotonic() > deadline or not vm.alive():
+                problem = f"the guest of VM '{vm.name}' did not reboot"
+                raise TimedOut(problem, hint="it may not listen; use --force to press reset")
+            await pause(_POLL_S)
+
+    async def pause(self, vm: VMDirectory) -> None:
+        domain = await self._domain(vm)
+        if not domain.paused:  # Xen counts pauses
+            await xl.xl("pause", str(domain.id))
+
+    async def resume(self, vm: VMDirectory) -> None:
+        domain = await self._domain(vm)
+        if domain.paused:
+            await xl.xl("unpause", str(domain.id))
+
+    async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
+        raise Unsupported(MISSING["save"])
+
+    async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
+        raise Unsupported(MISSING["save"])
+
+    async def restore(
+        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+    ) -> Observed:
+        raise Unsupported(MISSING["save"])
+
+    async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
+        raise Unsupported(MISSING["user"])
+
+    async def remove_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
+        raise Unsupported(MISSING["user"])
+
+    async def _domain(self, vm: VMDirectory) -> Domain:
+        """The VM's domain; raises WrongState where it has none, as for a moment while the guest reboots."""
+        deadline = time.monotonic() + 5.0
+        while (domain := await _find(vm)) is None:
+            if time.monotonic() > deadline or not vm.alive():
+                raise WrongState(f"VM '{vm.name}' has no domain at this moment", hint="try again")
+            await pause(_POLL_S)
+        return domain
+
+
+async def _find(vm: VMDirectory) -> Domain | None:
+    """The domain with the VM's id; raises what `xl` raises."""
+    return (await _domains()).get(vm.record.id)
+
+
+async def _domains() -> Mapping[str, Domain]:
+    """The domains of this host by UUID, but for those of which only memory is left; raises what `xl` raises."""
+    return {uuid: each for uuid, each in parse_list(await xl.xl("list", "-v")).items() if not each.dying}
+
+
+def _spawn(vm: VMDirectory, argv: tuple[str, ...]) -> Program:
+    """Start xl so that it holds the lock on the VM's `alive` file from its first moment to its last.
+
+    Its console client, which inherits both, reads what is to be typed from a pipe that never ends, since it is opened for
+    both ways, and adds what the guest says to the console log.
+    """
+    pipe = vm.path / CONSOLE_INPUT
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe, 0o600)
+    alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    keys = os.open(pipe, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    said = os.open(vm.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(vm, alive)
+        vm.log.unlink(missing_ok=True)
+        # Opened to append, since others note there what they did while xl goes on writing.
+        with vm.log.open("ab") as log, os.fdopen(said, "ab", closefd=False) as console:
+            os.set_blocking(keys, True)
+            return spawn_detached(argv, cwd=vm.path, output=console, errors=log, inherit=[alive], stdin=keys)
+    finally:
+        for fd in (alive, keys, said):
+            os.close(fd)
+
+
+def _lock(vm: VMDirectory, fd: int) -> None:
+    """Lock the `alive` file; whoever only looks holds it for some microseconds, so try for a while."""
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise WrongState(f"VM '{vm.name}' has a process already", hint=f"polyvisor kill {vm.name}") from error
+            time.sleep(0.001)
+
+
+def _log_text(vm: VMDirectory) -> str:
+    """The end of the VM's log; a guest that reboots without end makes it long."""
+    try:
+        with vm.log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _told(vm: VMDirectory) -> Told:
+    return read_log(_log_text(vm))
+
+
+def _is_xl(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/comm") as file:  # noqa: PTH123
+            return file.read().strip() == "xl"
+    except OSError:
+        return False
+
+
+def _note(vm: VMDirectory, line: str) -> None:
+    with contextlib.suppress(OSError), vm.log.open("ab") as log:
+        log.write(f"{line}\n".encode())
+
+
+def _last_words(vm: VMDirectory) -> str | None:
+    """What xl said first of what went wrong: the errors after it are consequences."""
+    lines = [line.strip() for line in _log_text(vm).splitlines() if "error" in line.lower() or "failed" in line.lower()]
+    return lines[0] if lines else None

@@ -1,0 +1,195 @@
+"""VMs on the lab's Xen host, in each of its modes: their lives, seen and steered from outside the guest.
+
+The guests have no network card that leads anywhere: what the contract's tests ask for over SSH is asked on the console here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from polyvisor.errors import AlreadyExists, Busy, CannotStart, InvalidInput, Unsupported, WrongState
+from polyvisor.home import Home
+from polyvisor.host.api import HostApi
+from polyvisor.lab.lab import Lab
+from polyvisor.remote.host import RemoteHost
+from polyvisor.spec.vm import Hypervisor, Mode, Nic, OnReboot, VMSpec
+from polyvisor.ssh import execute
+from polyvisor.status import VMState
+
+pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1800)]
+BOOT_S = 300.0
+_names = itertools.count()
+
+
+@pytest.fixture
+async def xen(lab: Lab, client: Home) -> AsyncIterator[HostApi]:
+    remote = RemoteHost(lab.hosts.get("lab-xen1"), client)
+    yield remote
+    await remote.close()
+
+
+@pytest.fixture(params=[Mode.PV, Mode.PVH, Mode.HVM])
+async def xen_spec(request: pytest.FixtureRequest, xen: HostApi) -> AsyncIterator[VMSpec]:
+    """A VM in each mode; removed afterwards where a test leaves it."""
+    name = f"xen-{uuid.uuid4().hex[:6]}-{next(_names)}"
+    yield VMSpec(name=name, image="tiny", mode=request.param, nics=(Nic(network="none"),))
+    if name in await xen.names():
+        await xen.remove(name, force=True)
+
+
+async def test_the_life_of_a_vm(xen: HostApi, xen_spec: VMSpec) -> None:
+    name = xen_spec.name
+    started = await xen.run(xen_spec)
+    assert (started.state, started.hypervisor, started.mode) == (VMState.RUNNING, "xen", xen_spec.mode.value)
+    assert (await xen.start(name)).pid == started.pid
+    with pytest.raises(AlreadyExists):
+        await xen.run(replace(xen_spec, vcpus=2))
+    await _says(xen, name, "login:")
+    for _ in range(2):
+        assert (await xen.pause(name)).state is VMState.PAUSED
+    for _ in range(2):
+        assert (await xen.resume(name)).state is VMState.RUNNING
+    assert await _typed(xen, name, "root\n", "#")
+    assert await _typed(xen, name, "echo $((6 * 7))\n", "\n42")
+    with pytest.raises(WrongState):
+        await xen.remove(name)
+    stopped = await xen.stop(name, timeout_s=BOOT_S)
+    assert (stopped.state, stopped.reason) == (VMState.STOPPED, None)
+    assert "Power down" in await _log(xen, name) or "going down" in await _log(xen, name)
+    assert "reason code 0" in await _log(xen, name, hypervisor=True), "it was killed, not shut down"
+    assert (await xen.start(name)).state is VMState.RUNNING
+    assert (await xen.kill(name)).state is VMState.STOPPED
+    assert (await xen.kill(name)).state is VMState.STOPPED
+    await xen.remove(name)
+
+
+@pytest.mark.parametrize("force", [True, False])
+async def test_reboot_keeps_process_and_console(xen: HostApi, xen_spec: VMSpec, force: bool) -> None:
+    name = xen_spec.name
+    before = await xen.run(xen_spec)
+    await _says(xen, name, "login:")
+    await xen.reboot(name, force=force, timeout_s=BOOT_S)
+    await _says(xen, name, "login:", 2)
+    after = (await xen.show(name)).status
+    assert (after.pid, after.state) == (before.pid, VMState.RUNNING)
+
+
+async def test_a_reboot_inside_can_stop_it(xen: HostApi, xen_spec: VMSpec) -> None:
+    await xen.run(replace(xen_spec, on_reboot=OnReboot.STOP))
+    await _says(xen, xen_spec.name, "login:")
+    assert await _typed(xen, xen_spec.name, "root\n", "#")
+    await _typed(xen, xen_spec.name, "reboot\n", "")
+    await _until(xen, xen_spec.name, VMState.STOPPED)
+
+
+async def test_a_domain_that_somebody_destroys_has_crashed(lab: Lab, xen: HostApi, xen_spec: VMSpec) -> None:
+    await xen.run(xen_spec)
+    await _on_host(lab, f"xl destroy {xen_spec.name}")
+    assert "somebody else" in await _until(xen, xen_spec.name, VMState.CRASHED)
+    assert (await xen.start(xen_spec.name)).state is VMState.RUNNING
+
+
+async def test_a_kernel_that_panics_has_crashed(xen: HostApi, xen_spec: VMSpec) -> None:
+    await xen.run(replace(xen_spec, cmdline="panic=0"))
+    await _says(xen, xen_spec.name, "login:")
+    assert await _typed(xen, xen_spec.name, "root\n", "#")
+    await _typed(xen, xen_spec.name, "echo c >/proc/sysrq-trigger\n", "")
+    assert "kernel has crashed" in await _until(xen, xen_spec.name, VMState.CRASHED)
+
+
+@pytest.mark.parametrize("victims", ["xl", "all"])
+async def test_a_domain_is_found_without_its_processes(lab: Lab, xen: HostApi, xen_spec: VMSpec, victims: str) -> None:
+    """It is shown as running, is not started twice, and can be ended; memory is free afterwards."""
+    status = await xen.run(xen_spec)
+    also = "; pkill -9 -x xenconsole" if victims == "all" else ""
+    await _on_host(lab, f"kill -9 {status.pid}{also}; sleep 1")
+    shown = (await xen.show(xen_spec.name)).status
+    assert shown.state is VMState.RUNNING
+    assert shown.reason is not None and "xl was killed" in shown.reason
+    assert xen_spec.name in [vm.name for vm in await xen.vms() if vm.state is VMState.RUNNING]
+    with pytest.raises(WrongState):
+        await xen.remove(xen_spec.name)
+    assert (await xen.start(xen_spec.name)).state is VMState.RUNNING
+    assert (await xen.kill(xen_spec.name)).state is VMState.STOPPED
+    assert xen_spec.name not in await _on_host(lab, "xl list")
+
+
+async def test_the_console_has_one_user(xen: HostApi, xen_spec: VMSpec) -> None:
+    await xen.run(xen_spec)
+    _, writer = await xen.console(xen_spec.name)
+    with pytest.raises(Busy):
+        await xen.console(xen_spec.name)
+    writer.close()
+
+
+async def test_what_does_not_work_says_why_and_leaves_nothing(lab: Lab, xen: HostApi) -> None:
+    spec = VMSpec(name="refused", image="tiny", nics=(Nic(network="none"),))
+    for wrong, error in (
+        (replace(spec, nics=(Nic(network="private:lab"),)), Unsupported),
+        (replace(spec, cpu="nested", hypervisor=Hypervisor.XEN), Unsupported),
+        (replace(spec, memory_mib=1800), CannotStart),
+        (replace(spec, memory_mib=1 << 20), InvalidInput),
+    ):
+        with pytest.raises(error):
+            await xen.run(wrong)
+    assert "refused" not in await xen.names()
+    assert "refused" not in await _on_host(lab, "xl list")
+
+
+async def test_mode_auto_says_why(xen: HostApi) -> None:
+    spec = VMSpec(name=f"auto-{uuid.uuid4().hex[:6]}", image="tiny", nics=())
+    assert (await xen.run(spec)).mode == "pvh"
+    assert (await xen.show(spec.name)).hypervisor_reason == "mode pvh: the image has a kernel"
+    with pytest.raises(Unsupported, match="saving VMs of Xen"):
+        await xen.save(spec.name)
+    await xen.remove(spec.name, force=True)
+
+
+async def _on_host(lab: Lab, script: str) -> str:
+    return (await execute(lab.host, "lab-xen1", ["sh", "-c", script], timeout_s=120)).stdout
+
+
+async def _log(api: HostApi, name: str, *, hypervisor: bool = False) -> str:
+    return b"".join([chunk async for chunk in api.log(name, hypervisor=hypervisor)]).decode(errors="replace")
+
+
+async def _says(api: HostApi, name: str, word: str, times: int = 1) -> None:
+    heard = b""
+    async with asyncio.timeout(BOOT_S):
+        async for chunk in api.log(name, follow=True):
+            if (heard := heard + chunk).count(word.encode()) >= times:
+                return
+    pytest.fail(f"VM '{name}' ended before it said '{word}': {heard[-300:]!r}")
+
+
+async def _typed(api: HostApi, name: str, text: str, answer: str) -> bool:
+    """Type `text` on the console; whether it answers."""
+    reader, writer = await api.console(name)
+    try:
+        writer.write(text.encode())
+        await writer.drain()
+        heard = b""
+        async with asyncio.timeout(BOOT_S):
+            while answer.encode() not in heard and (data := await reader.read(4096)):
+                heard += data
+        await asyncio.sleep(0.5)
+        return answer.encode() in heard
+    finally:
+        writer.close()
+        await asyncio.sleep(1)
+
+
+async def _until(api: HostApi, name: str, state: VMState) -> str:
+    """Wait for `state`; returns the reason."""
+    deadline = time.monotonic() + BOOT_S
+    while (status := (await api.show(name)).status).state is not state:
+        assert time.monotonic() < deadline, status
+        await asyncio.sleep(1)
+    return status.reason or ""

@@ -1,0 +1,100 @@
+"""What a Xen host makes of a spec: what runs it, in which mode, and why."""
+
+from __future__ import annotations
+
+import pytest
+
+from polyvisor.drivers.xen.probe import MISSING
+from polyvisor.drivers.xen.xl import missing_modes
+from polyvisor.errors import InvalidInput, Unsupported
+from polyvisor.host.plan import (
+    boots_directly,
+    check_networks,
+    choose_accelerator,
+    choose_firmware,
+    choose_mode,
+    explain_mode,
+)
+from polyvisor.images.image import Image, ImageFile
+from polyvisor.spec.vm import Firmware, Hypervisor, Mode, Nic, VMSpec
+from polyvisor.status import Accelerator, Capabilities
+
+FILE = ImageFile(name="x", sha256="", size=0)
+KERNEL = Image(id="a", name="tiny", created_at=0.0, source="", kernel=FILE, initrd=FILE)
+DISK = Image(id="b", name="debian", created_at=0.0, source="", disk=FILE, firmware=("bios", "uefi"))
+QEMU = Capabilities(
+    driver="qemu",
+    version="7.2",
+    accelerators=(
+        Accelerator(name="kvm", available=False, reason="no kvm"),
+        Accelerator(name="tcg", available=True, reason="emulation"),
+    ),
+    modes=("pvh", "hvm"),
+)
+
+
+def xen(*modes: str) -> Capabilities:
+    works = Accelerator(name="xen", available=True, reason="virt_caps: x")
+    missing = {**MISSING, **missing_modes(modes)}
+    return Capabilities(driver="xen", version="4.17", accelerators=(works,), modes=modes, missing=missing)
+
+
+def spec(**values: object) -> VMSpec:
+    return VMSpec(name="a", image="tiny", **values)  # type: ignore[arg-type]
+
+
+WHOLE, OLD = xen("pvh", "hvm", "pv"), xen("pv")
+
+
+@pytest.mark.parametrize(
+    ("offered", "image", "mode", "reason"),
+    [
+        (WHOLE, KERNEL, Mode.PVH, "mode pvh: the image has a kernel"),
+        (OLD, KERNEL, Mode.PV, "mode pv: the CPU offers Xen no hardware virtualization (no hvm in virt_caps)"),
+        (WHOLE, DISK, Mode.HVM, "mode hvm: the image has no kernel of its own"),
+    ],
+)
+def test_mode_auto(offered: Capabilities, image: Image, mode: Mode, reason: str) -> None:
+    assert choose_mode(spec(), image, offered) is mode
+    assert explain_mode(mode, spec(), offered) == reason
+    assert boots_directly(image, mode) is (image is KERNEL)
+
+
+@pytest.mark.parametrize("mode", [Mode.PV, Mode.PVH, Mode.HVM])
+def test_a_mode_that_was_asked_for(mode: Mode) -> None:
+    assert choose_mode(spec(mode=mode), KERNEL, WHOLE) is mode
+    assert boots_directly(KERNEL, mode), "its kernel is handed over in every mode: it has no disk"
+
+
+@pytest.mark.parametrize(
+    ("offered", "image", "mode", "match"),
+    [
+        (OLD, KERNEL, Mode.PVH, "no hardware virtualization"),
+        (OLD, DISK, Mode.AUTO, "no hardware virtualization"),
+        (xen("pvh", "hvm"), KERNEL, Mode.PV, "built without"),
+        (WHOLE, DISK, Mode.PV, "no kernel"),
+    ],
+)
+def test_a_mode_that_can_not_be(offered: Capabilities, image: Image, mode: Mode, match: str) -> None:
+    with pytest.raises(InvalidInput, match=match):
+        choose_mode(spec(mode=mode), image, offered)
+
+
+def test_on_a_xen_host_xen_is_preferred_and_others_can_be_had() -> None:
+    assert choose_accelerator(spec(), WHOLE, QEMU).name == "xen"
+    assert choose_accelerator(spec(hypervisor=Hypervisor.TCG), WHOLE, QEMU).name == "tcg"
+    assert choose_accelerator(spec(cpu="nested"), WHOLE, QEMU).name == "tcg"
+    with pytest.raises(Unsupported, match="can't run VMs"):
+        choose_accelerator(spec(cpu="nested", hypervisor=Hypervisor.XEN), WHOLE, QEMU)
+    with pytest.raises(Unsupported, match="no Xen host"):
+        choose_accelerator(spec(hypervisor=Hypervisor.XEN), QEMU)
+
+
+def test_networks_and_firmware_that_xen_has_not() -> None:
+    check_networks(spec(nics=(Nic(network="none"),)), WHOLE)
+    for network in ("user", "private:lab"):
+        with pytest.raises(Unsupported, match="not there yet on Xen"):
+            check_networks(spec(nics=(Nic(network=network),)), WHOLE)
+    with pytest.raises(InvalidInput, match="UEFI"):
+        choose_firmware(spec(firmware=Firmware.UEFI), DISK, Mode.HVM, WHOLE)
+    assert choose_firmware(spec(), DISK, Mode.HVM, WHOLE) is Firmware.BIOS

@@ -1,0 +1,253 @@
+"""The Xen driver with a program in place of `xl` that fails where it is told to; the real one is tests/lab/test_xen.py's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from polyvisor.drivers import registry
+from polyvisor.drivers.base import Boot, Observed
+from polyvisor.drivers.xen import dom0
+from polyvisor.drivers.xen.driver import XenDriver
+from polyvisor.errors import CannotStart, ProcessFailed, Unsupported, WrongState
+from polyvisor.host.record import Launch, Record, boot_id
+from polyvisor.host.store import VMDirectory
+from polyvisor.spec.vm import Mode, VMSpec
+from polyvisor.status import VMState
+from polyvisor.waiting import pause
+from tests.golden.xl_boots import XL_BOOTS
+from tests.unit.xl_program import PROGRAM
+
+INFO = Path(__file__).parents[1] / "captured" / "xl" / "info-4.17-debian.txt"
+DRIVER = XenDriver()
+
+
+@pytest.fixture
+def xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a program `xl`, which is first in PATH."""
+    directory, programs = tmp_path / "xen", tmp_path / "bin"
+    directory.mkdir()
+    programs.mkdir()
+    text = PROGRAM.replace("{python}", sys.executable).replace("{directory}", str(directory))
+    (programs / "xl").write_text(text.replace("{info}", str(INFO)))
+    (programs / "xl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return directory
+
+
+@pytest.fixture
+def vm(xen: Path, tmp_path: Path) -> VMDirectory:
+    return made(tmp_path / "vms" / "web")
+
+
+def made(path: Path) -> VMDirectory:
+    vm = VMDirectory(path)
+    vm.run.mkdir(parents=True)
+    spec = VMSpec(name=path.name, image="tiny", nics=())
+    vm.write_record(Record(id=str(uuid.uuid4()), created_at=0.0, spec=spec, image_id="x", memory_mib=128))
+    return vm
+
+
+async def start(vm: VMDirectory, mode: Mode = Mode.PV, **changes: object) -> Observed:
+    boot: Boot = replace(XL_BOOTS["no-card"], name=vm.name, id=vm.record.id, mode=mode, **changes)  # type: ignore[arg-type]
+    DRIVER.prepare(vm, boot)
+    command = await DRIVER.command(boot)
+    launch = Launch(
+        started_at=0.0,
+        boot_id=boot_id(),
+        hypervisor="xen",
+        reason="",
+        mode=mode.value,
+        version=command.version,
+        argv=command.argv,
+    )
+    vm.write_launch(launch)
+    return await DRIVER.start(vm, command, None)
+
+
+async def xl(vm: VMDirectory, verb: str) -> None:
+    from polyvisor.drivers.xen import xl as program
+
+    found = await DRIVER._domain(vm)
+    await program.xl(verb, str(found.id))
+
+
+async def until_ended(vm: VMDirectory) -> Observed:
+    while await DRIVER.lives(vm):
+        await pause(0.01)
+    return await DRIVER.inspect(vm)
+
+
+def domains(xen: Path) -> list[str]:
+    return [path.name for path in xen.iterdir() if path.name.isdigit()]
+
+
+async def test_life(xen: Path, vm: VMDirectory) -> None:
+    assert await DRIVER.inspect(vm) == Observed(state=VMState.STOPPED)
+    started = await start(vm)
+    assert vm.alive()
+    assert await DRIVER.inspect(vm) == started
+    for _ in range(2):
+        await DRIVER.pause(vm)
+        assert (await DRIVER.inspect(vm)).state is VMState.PAUSED
+    for _ in range(2):
+        await DRIVER.resume(vm)
+        assert (await DRIVER.inspect(vm)).state is VMState.RUNNING
+    await DRIVER.reboot(vm, 10)
+    assert await DRIVER.inspect(vm) == started, "the same process"
+    assert vm.console_log.read_text() == "hello\nhello\n"
+    await DRIVER.shutdown(vm)
+    assert await until_ended(vm) == Observed(state=VMState.STOPPED)
+    await start(vm)
+    for _ in range(2):
+        await DRIVER.kill(vm)
+        assert await DRIVER.inspect(vm) == Observed(state=VMState.STOPPED)
+    assert not vm.alive() and domains(xen) == []
+
+
+@pytest.mark.parametrize(("verb", "reason"), [("crash", "kernel has crashed"), ("destroy", "somebody else")])
+async def test_an_end_that_nobody_asked_for_has_a_reason(vm: VMDirectory, verb: str, reason: str) -> None:
+    await start(vm)
+    await xl(vm, verb)
+    ended = await until_ended(vm)
+    assert ended.state is VMState.CRASHED and reason in (ended.reason or "")
+    await start(vm)
+    await DRIVER.kill(vm)
+    assert (await DRIVER.inspect(vm)).state is VMState.STOPPED
+
+
+async def test_a_domain_whose_process_was_killed(xen: Path, vm: VMDirectory) -> None:
+    """It is seen, is not started twice, can be paused, and is ended by kill."""
+    started = await start(vm)
+    assert started.pid is not None
+    os.kill(started.pid, signal.SIGKILL)
+    while vm.alive():
+        await pause(0.01)
+    assert await DRIVER.lives(vm)
+    seen = await DRIVER.inspect(vm)
+    assert seen.state is VMState.RUNNING and "xl was killed" in (seen.reason or "")
+    with pytest.raises(WrongState, match="a domain already"):
+        await start(vm)
+    await DRIVER.pause(vm)
+    assert (await DRIVER.inspect(vm)).state is VMState.PAUSED
+    await DRIVER.kill(vm)
+    assert domains(xen) == [] and not await DRIVER.lives(vm)
+
+
+async def test_a_start_that_xl_refuses(xen: Path, vm: VMDirectory) -> None:
+    (xen / "broken").write_text("create")
+    with pytest.raises(CannotStart, match="create is broken"):
+        await start(vm)
+    assert not vm.alive() and not await DRIVER.lives(vm)
+    assert (await DRIVER.inspect(vm)).state is VMState.STOPPED
+    (xen / "broken").unlink()
+    assert (await start(vm)).state is VMState.RUNNING
+    await DRIVER.kill(vm)
+
+
+async def test_a_start_that_hangs_half_way_is_undone(
+    xen: Path, vm: VMDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyvisor.drivers.xen import driver
+    from polyvisor.errors import TimedOut
+
+    monkeypatch.setattr(driver, "START_S", 2.0)
+    (xen / "broken").write_text("half")
+    with pytest.raises(TimedOut):
+        await start(vm)
+    assert domains(xen) == [] and not vm.alive()
+
+
+@pytest.mark.parametrize("call", ["list", "pause", "shutdown"])
+async def test_a_call_that_fails_changes_nothing(xen: Path, vm: VMDirectory, call: str) -> None:
+    await start(vm)
+    (xen / "broken").write_text(call)
+    with pytest.raises(ProcessFailed, match="is broken"):
+        await (DRIVER.shutdown(vm) if call == "shutdown" else DRIVER.pause(vm))
+    state = (await DRIVER.inspect(vm)).state
+    assert state is (VMState.UNRESPONSIVE if call == "list" else VMState.RUNNING)
+    (xen / "broken").unlink()
+    assert (await DRIVER.inspect(vm)).state is VMState.RUNNING
+    await DRIVER.kill(vm)
+
+
+async def test_after_another_boot_of_the_host_it_has_crashed(vm: VMDirectory) -> None:
+    started = await start(vm)
+    launch = vm.launch()
+    assert launch is not None and started.pid is not None
+    vm.write_launch(replace(launch, boot_id="another"))
+    assert DRIVER.settled(vm)
+    assert DRIVER.ended(vm).reason == "the host went down while it ran"
+    vm.write_launch(launch)
+    await DRIVER.kill(vm)
+
+
+async def test_many_are_looked_at_by_one_call(xen: Path, tmp_path: Path) -> None:
+    import asyncio
+
+    vms = [made(tmp_path / "vms" / f"vm-{i}") for i in range(3)]
+    for each in vms:
+        await start(each)
+    (xen / "calls").unlink()
+    seen = await asyncio.gather(*(DRIVER.inspect(each) for each in vms))
+    assert [each.state for each in seen] == [VMState.RUNNING] * 3
+    assert (xen / "calls").read_text() == "list -v\n"
+    for each in vms:
+        await DRIVER.kill(each)
+
+
+async def test_a_card_on_a_network_that_xen_has_not_yet(xen: Path) -> None:
+    for network in ("user", "private:lab"):
+        nics = (replace(XL_BOOTS["pv"].nics[0], network=network),)
+        with pytest.raises(Unsupported, match="not there yet"):
+            await DRIVER.command(replace(XL_BOOTS["pv"], nics=nics))
+
+
+async def test_console_writes_what_is_typed_and_reads_what_is_said(vm: VMDirectory) -> None:
+    await start(vm)
+    pipe = os.open(vm.path / "run/console.in", os.O_RDONLY | os.O_NONBLOCK)
+    reader, writer = await DRIVER.console(vm)
+    writer.write(b"ls\x1d\n")
+    await writer.drain()
+    typed = b""
+    while b"\n" not in typed:
+        await pause(0.01)
+        try:
+            typed += os.read(pipe, 100)
+        except BlockingIOError:
+            continue
+    os.close(pipe)
+    assert typed == b"ls\n", "without what would end Xen's console client"
+    with vm.console_log.open("ab") as log:
+        log.write(b"answer")
+    assert await reader.readexactly(6) == b"answer"
+    await DRIVER.kill(vm)
+    assert await reader.read() == b""
+    writer.close()
+
+
+def test_whose_a_vm_is(vm: VMDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launch = Launch(
+        started_at=0.0,
+        boot_id=boot_id(),
+        hypervisor="xen",
+        reason="",
+        version="4.17",
+        mode="pv",
+        argv=("xl",),
+    )
+    assert registry.Drivers(tmp_path).of(vm).name == "qemu", "no Xen host"
+    monkeypatch.setattr(dom0, "is_dom0", lambda: True)
+    drivers = registry.Drivers(tmp_path)
+    assert drivers.of(vm).name == "qemu", "never started"
+    vm.write_launch(launch)
+    assert drivers.of(vm).name == "xen"
+    vm.write_launch(replace(launch, hypervisor="tcg"))
+    assert drivers.of(vm).name == "qemu"
+    assert (drivers.running("xen").name, drivers.running("tcg").name) == ("xen", "qemu")
