@@ -39,6 +39,10 @@ test|sshd|openssh-server|is a host that the tests reach by SSH
 test|zstd|zstd|unpacks images that are compressed with it
 test|mcopy|mtools|looks into the boot partitions of images
 test|mkfs.vfat|dosfstools|makes the boot partitions that they are compared with
+test|ip|iproute2|makes network namespaces, in which guests' networks are tested
+test|nft|nftables|is the firewall of those networks
+test|dnsmasq|dnsmasq-base|gives their guests addresses
+test|busybox|busybox|is a guest there that asks for its address
 bench|virsh|libvirt-clients|the peer's command line
 bench|libvirtd|libvirt-daemon-system|the peer's daemon
 END

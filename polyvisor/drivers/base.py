@@ -95,17 +95,20 @@ class Driver(Protocol):
     async def probe(self) -> Capabilities:
         """What this driver can do here, proved rather than assumed."""
 
-    def prepare(self, vm: VMDirectory, boot: Boot) -> None:
-        """Write the files that the command of `boot` reads, beside its disks; raises InvalidInput, StorageFull."""
-
     async def command(self, boot: Boot) -> Command:
         """The exact command that starts `boot`; raises Unavailable, Unsupported."""
 
     async def start(
-        self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        vm: VMDirectory,
+        boot: Boot,
+        command: Command,
+        user: int | None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Observed:
-        """Run `command` in directory `vm`, as numeric `user` where the caller is root; raises CannotStart.
+        """Run the `command` of `boot` in directory `vm`, as numeric `user` where the caller is root.
 
+        Raises CannotStart, and InvalidInput where a port or a MAC is taken.
         `meanwhile` is called once, when nothing is left to do but to wait for the hypervisor.
         """
 

@@ -212,7 +212,6 @@ class Host:
             await self._xen(chosen),
         )
         driver = self.drivers.running(chosen.name)
-        driver.prepare(vm, boot)
         command = await driver.command(boot)
         vm.write_launch(
             Launch(
@@ -227,7 +226,7 @@ class Host:
             )
         )
         async with Reserve(self.home.keys) as reserve:
-            return await driver.start(vm, command, record.user, meanwhile=reserve.begin)
+            return await driver.start(vm, boot, command, record.user, meanwhile=reserve.begin)
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:
         async with self._locked(name, "stop") as vm:

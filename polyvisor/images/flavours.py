@@ -14,7 +14,7 @@ from polyvisor.values import dataclass
 
 SUITES = {"bookworm": "debian-12", "trixie": "debian-13"}
 # Polyvisor's needs on a host (docs/guide.md, "Other hosts"), and what its user does there by hand.
-_HOST_PACKAGES = ("python3", "qemu-utils", "util-linux-extra", "openssh-client", "gpgv", "dnsmasq-base", "tcpdump")
+_HOST_PACKAGES = ("python3", "qemu-utils", "util-linux-extra", "openssh-client", "gpgv", "nftables", "dnsmasq-base", "tcpdump")
 
 
 @dataclass(frozen=True, kw_only=True)

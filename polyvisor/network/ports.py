@@ -92,6 +92,21 @@ def _require_free(forward: Forward, index: int, taken: list[Forward]) -> None:
     raise InvalidInput(f"forwards[{index}]", str(forward), problem, hint=hint)
 
 
+def hold_port(forward: Forward) -> socket.socket:
+    """A socket that has the host's port of `forward`, and listens to nobody: for ports that the kernel leads to a guest.
+
+    Nobody else on this host gets the port while a process has the socket open. Raises InvalidInput where it is taken.
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM if forward.protocol == "tcp" else socket.SOCK_DGRAM)
+    try:
+        held.bind((forward.host_address, forward.host_port))
+    except OSError as error:
+        held.close()
+        problem = f"host forwarding: the port can't be had: {error.strerror}"
+        raise InvalidInput("forwards", str(forward), problem, hint=f"use :{forward.guest_port}") from error
+    return held
+
+
 def _free_port(forward: Forward, port: int) -> int:
     """`port`, or any free one for 0; 0 where it can't be bound."""
     tcp = forward.protocol == "tcp"

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from polyvisor.drivers import registry
-from polyvisor.drivers.base import Boot, Observed
+from polyvisor.drivers.base import Boot, BootNic, Observed
 from polyvisor.drivers.xen import dom0
 from polyvisor.drivers.xen.driver import XenDriver
-from polyvisor.errors import CannotStart, ProcessFailed, Unsupported, WrongState
+from polyvisor.errors import CannotStart, InvalidInput, ProcessFailed, Unavailable, WrongState
+from polyvisor.files import is_flocked
 from polyvisor.host.record import Launch, Record, boot_id
 from polyvisor.host.store import VMDirectory
+from polyvisor.network.nat import BRIDGE, Card, private_bridge
+from polyvisor.network.ports import hold_port
+from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Mode, VMSpec
 from polyvisor.status import VMState
 from polyvisor.waiting import pause
@@ -56,7 +62,6 @@ def made(path: Path) -> VMDirectory:
 
 async def start(vm: VMDirectory, mode: Mode = Mode.PV, **changes: object) -> Observed:
     boot: Boot = replace(XL_BOOTS["no-card"], name=vm.name, id=vm.record.id, mode=mode, **changes)  # type: ignore[arg-type]
-    DRIVER.prepare(vm, boot)
     command = await DRIVER.command(boot)
     launch = Launch(
         started_at=0.0,
@@ -68,7 +73,7 @@ async def start(vm: VMDirectory, mode: Mode = Mode.PV, **changes: object) -> Obs
         argv=command.argv,
     )
     vm.write_launch(launch)
-    return await DRIVER.start(vm, command, None)
+    return await DRIVER.start(vm, boot, command, None)
 
 
 async def xl(vm: VMDirectory, verb: str) -> None:
@@ -202,11 +207,79 @@ async def test_many_are_looked_at_by_one_call(xen: Path, tmp_path: Path) -> None
         await DRIVER.kill(each)
 
 
-async def test_a_card_on_a_network_that_xen_has_not_yet(xen: Path) -> None:
-    for network in ("user", "private:lab"):
-        nics = (replace(XL_BOOTS["pv"].nics[0], network=network),)
-        with pytest.raises(Unsupported, match="not there yet"):
-            await DRIVER.command(replace(XL_BOOTS["pv"], nics=nics))
+class Joined:
+    """In place of the bridge, which tests/real/test_bridge.py makes: who has which cards, and whether they may."""
+
+    def __init__(self) -> None:
+        self.cards: dict[Path, list[Card]] = {}
+        self.refuses = False
+
+    async def join(self, owner: Path, cards: Sequence[Card]) -> None:
+        assert is_flocked(owner), "a card without an owner who is alive can be taken away at any time"
+        self.cards[owner] = list(cards)
+        if self.refuses:
+            raise Unavailable("there is no nft")
+
+    async def leave(self, owner: Path) -> None:
+        self.cards.pop(owner, None)
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Joined:
+    joined = Joined()
+    monkeypatch.setattr(DRIVER, "_bridge", joined)
+    return joined
+
+
+def nic(network: str, last: int, *forwards: Forward) -> BootNic:
+    group = "239.192.0.1:20000" if network.startswith("private:") else None
+    return BootNic(mac=f"52:54:00:00:00:{last:02x}", network=network, group=group, forwards=forwards)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_cards_are_on_their_bridges_and_ports_are_held_while_the_vm_lives(
+    vm: VMDirectory, network: Joined
+) -> None:
+    forward = Forward(host_port=free_port(), guest_port=22)
+    await start(vm, nics=(nic("none", 1), nic("private:lan", 2), nic("user", 3, forward)))
+    private, user = network.cards[vm.alive_file]
+    assert (private.mac, private.bridge, private.forwards) == (
+        "52:54:00:00:00:02",
+        private_bridge("239.192.0.1:20000"),
+        (),
+    )
+    assert (user.mac, user.bridge, user.forwards) == ("52:54:00:00:00:03", BRIDGE, (forward,))
+    with pytest.raises(InvalidInput, match="host forwarding"):
+        hold_port(forward)
+    await DRIVER.kill(vm)
+    assert network.cards == {}
+    hold_port(forward).close()
+
+
+async def test_a_start_whose_network_fails_leaves_nothing(xen: Path, vm: VMDirectory, network: Joined) -> None:
+    network.refuses = True
+    with pytest.raises(Unavailable, match="no nft"):
+        await start(vm, nics=(nic("user", 3),))
+    assert not vm.alive()
+    assert domains(xen) == []
+    network.refuses = False
+    assert (await start(vm, nics=(nic("user", 3),))).state is VMState.RUNNING
+    await DRIVER.kill(vm)
+
+
+async def test_a_port_that_another_program_has_is_named(vm: VMDirectory, network: Joined) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        forward = Forward(host_port=other.getsockname()[1], guest_port=22)
+        with pytest.raises(InvalidInput, match=rf"127.0.0.1:{forward.host_port}:22.*host forwarding"):
+            await start(vm, nics=(nic("user", 3, forward),))
+    assert not vm.alive()
+    assert network.cards == {}
 
 
 async def test_console_writes_what_is_typed_and_reads_what_is_said(vm: VMDirectory) -> None:

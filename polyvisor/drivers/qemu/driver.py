@@ -125,11 +125,13 @@ class QemuDriver:
         code = find_uefi()[0] if boot.firmware is Firmware.UEFI else None
         return Command(argv=qemu.complete(build_argv(qemu.binary, boot, code)), version=qemu.version)
 
-    def prepare(self, vm: VMDirectory, boot: Boot) -> None:
-        """All of it is in the command."""
-
     async def start(
-        self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        vm: VMDirectory,
+        boot: Boot,
+        command: Command,
+        user: int | None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Observed:
         """Run `command` in directory `vm` and wait until QEMU answers; raises CannotStart.
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from polyvisor.drivers.base import Boot, BootNic
 from polyvisor.errors import InvalidInput
+from polyvisor.network.nat import BRIDGE, interface_name, private_bridge
 from polyvisor.spec.vm import DeviceModel, Mode, OnReboot
 
 CONSOLE_SOCKET = "run/console.sock"
 CONSOLE_LOG = "run/console.log"
-BRIDGE = "polyvisor0"
 IDE_PLACES = 4
 
 
@@ -112,8 +112,16 @@ def _disks(boot: Boot, directory: Path) -> Iterable[str]:
 
 def _card(nic: BootNic, boot: Boot) -> str:
     """A network card; one without a cable hangs on no bridge: the script that does nothing is `/bin/true`."""
-    place = f"bridge={BRIDGE}" if nic.network == "user" else "script=/bin/true"
+    bridge = bridge_of(nic)
+    place = f"bridge={bridge},vifname={interface_name(nic.mac, bridge)}" if bridge else "script=/bin/true"
     emulated = boot.mode is Mode.HVM and boot.devices is DeviceModel.EMULATED
     return f"mac={nic.mac},{place}" + (
         ",type=ioemu,model=e1000" if emulated else ",type=vif" if boot.mode is Mode.HVM else ""
     )
+
+
+def bridge_of(nic: BootNic) -> str | None:
+    """The host's bridge that a card hangs on."""
+    if nic.group is not None:
+        return private_bridge(nic.group)
+    return BRIDGE if nic.network == "user" else None

@@ -11,18 +11,21 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
 from polyvisor.drivers.xen import xl
-from polyvisor.drivers.xen.config import CONSOLE_SOCKET, build_config
+from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config
 from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_log
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
 from polyvisor.files import storage_errors, write_atomic
 from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
+from polyvisor.network.bridge import Bridge
+from polyvisor.network.nat import Card
+from polyvisor.network.ports import hold_port
 from polyvisor.operation import Progress
 from polyvisor.process import spawn_detached
 from polyvisor.spec.forward import Forward
@@ -51,6 +54,7 @@ class XenDriver:
 
     def __init__(self) -> None:
         self._look: asyncio.Future[Mapping[str, Domain]] | None = None
+        self._bridge = Bridge()
 
     async def probe(self) -> Capabilities:
         found = await probe()
@@ -59,20 +63,17 @@ class XenDriver:
         return found
 
     async def command(self, boot: Boot) -> Command:
-        """The exact command that `start` runs; the configuration that it reads is written by `prepare`."""
-        for nic in boot.nics:
-            if nic.network != "none":
-                raise Unsupported(MISSING[nic.network.partition(":")[0]], hint="use network: none")
+        """The exact command that `start` runs; the configuration that it reads is written then."""
         words = (xl.program(), "create", "-F", *(() if boot.mode is Mode.HVM else ("-c",)), CONFIG)
         return Command(argv=words, version=(await xl.info()).version)
 
-    def prepare(self, vm: VMDirectory, boot: Boot) -> None:
-        """Write the configuration of `boot` into the VM's directory."""
-        with storage_errors(f"writing the configuration of VM '{vm.name}'"):
-            write_atomic(vm.path / CONFIG, build_config(boot, vm.path))
-
     async def start(
-        self, vm: VMDirectory, command: Command, user: int | None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        vm: VMDirectory,
+        boot: Boot,
+        command: Command,
+        user: int | None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Observed:
         """Run `command` in directory `vm` and wait until the domain runs; raises CannotStart, with what xl said.
 
@@ -80,9 +81,8 @@ class XenDriver:
         """
         if not self.settled(vm) and (domain := await _find(vm)):
             raise WrongState(f"VM '{vm.name}' has a domain already ({domain.id})", hint=f"polyvisor kill {vm.name}")
-        with storage_errors(f"starting VM '{vm.name}'"):
-            (vm.path / CONSOLE_SOCKET).unlink(missing_ok=True)
-            process = _spawn(vm, command.argv)
+        with contextlib.ExitStack() as held:
+            process = await self._spawned(vm, boot, command, held)
         try:
             meanwhile()
             await self._until_begun(vm, process)
@@ -90,6 +90,21 @@ class XenDriver:
             await self._undo(vm, process)
             raise
         return Observed(state=VMState.RUNNING, pid=process.pid)
+
+    async def _spawned(self, vm: VMDirectory, boot: Boot, command: Command, held: contextlib.ExitStack) -> Program:
+        """Write the configuration, prepare the networks and start xl, which inherits the VM's lock and its ports' sockets.
+
+        The lock is taken first: by it, whoever looks after the network knows that the cards are somebody's.
+        """
+        with storage_errors(f"starting VM '{vm.name}'"):
+            alive = _locked(vm, held)
+            write_atomic(vm.path / CONFIG, build_config(boot, vm.path))
+            (vm.path / CONSOLE_SOCKET).unlink(missing_ok=True)
+        ports = [held.enter_context(hold_port(forward)) for nic in boot.nics for forward in nic.forwards]
+        if cards := _cards(vm, boot):
+            await self._bridge.join(vm.alive_file, cards)
+        with storage_errors(f"starting VM '{vm.name}'"):
+            return _spawn(vm, command.argv, [alive, *(port.fileno() for port in ports)])
 
     async def _until_begun(self, vm: VMDirectory, process: Program) -> None:
         deadline = time.monotonic() + START_S
@@ -108,6 +123,8 @@ class XenDriver:
         with contextlib.suppress(PolyvisorError):
             if domain := await _find(vm):
                 await xl.xl("destroy", str(domain.id))
+        with contextlib.suppress(PolyvisorError):
+            await self._bridge.leave(vm.alive_file)
 
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now: by its lock whether it lives, by Xen's list whether it runs."""
@@ -183,6 +200,7 @@ class XenDriver:
             if time.monotonic() > deadline:
                 raise TimedOut(f"the domain of VM '{vm.name}' does not end", hint="look for it with: xl list -v")
             await pause(_POLL_S)
+        await self._bridge.leave(vm.alive_file)
 
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Ask the guest to reboot, upon which xl starts it anew; raises TimedOut."""
@@ -230,10 +248,10 @@ class XenDriver:
         raise Unsupported(MISSING["save"])
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
-        raise Unsupported(MISSING["user"])
+        await self._bridge.add_forward(vm.alive_file, _position(vm, nic), forward)
 
     async def remove_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
-        raise Unsupported(MISSING["user"])
+        await self._bridge.remove_forward(vm.alive_file, _position(vm, nic), forward)
 
     async def _domain(self, vm: VMDirectory) -> Domain:
         """The VM's domain; raises WrongState where it has none, as for a moment while the guest reboots."""
@@ -255,28 +273,48 @@ async def _domains() -> Mapping[str, Domain]:
     return {uuid: each for uuid, each in parse_list(await xl.xl("list", "-v")).items() if not each.dying}
 
 
-def _spawn(vm: VMDirectory, argv: tuple[str, ...]) -> Program:
+def _cards(vm: VMDirectory, boot: Boot) -> tuple[Card, ...]:
+    """The cards that hang on a bridge of this host."""
+    return tuple(
+        Card(owner=str(vm.alive_file), mac=nic.mac, bridge=bridge, forwards=nic.forwards)
+        for nic in boot.nics
+        if (bridge := bridge_of(nic))
+    )
+
+
+def _position(vm: VMDirectory, nic: int) -> int:
+    """Which of its cards on bridges is the VM's card number `nic`."""
+    return sum(1 for each in vm.record.spec.nics[:nic] if each.network != "none")
+
+
+def _locked(vm: VMDirectory, held: contextlib.ExitStack) -> int:
+    """The VM's `alive` file, locked until `held` ends, or the last process does that inherits it."""
+    fd = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    held.callback(os.close, fd)
+    _lock(vm, fd)
+    return fd
+
+
+def _spawn(vm: VMDirectory, argv: tuple[str, ...], inherit: Sequence[int]) -> Program:
     """Start xl so that it holds the lock on the VM's `alive` file from its first moment to its last.
 
-    Its console client, which inherits both, reads what is to be typed from a pipe that never ends, since it is opened for
+    Its console client, which inherits it too, reads what is to be typed from a pipe that never ends, since it is opened for
     both ways, and adds what the guest says to the console log.
     """
     pipe = vm.path / CONSOLE_INPUT
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe, 0o600)
-    alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     keys = os.open(pipe, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     said = os.open(vm.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        _lock(vm, alive)
         vm.log.unlink(missing_ok=True)
         # Opened to append, since others note there what they did while xl goes on writing.
         with vm.log.open("ab") as log, os.fdopen(said, "ab", closefd=False) as console:
             os.set_blocking(keys, True)
-            return spawn_detached(argv, cwd=vm.path, output=console, errors=log, inherit=[alive], stdin=keys)
+            return spawn_detached(argv, cwd=vm.path, output=console, errors=log, inherit=inherit, stdin=keys)
     finally:
-        for fd in (alive, keys, said):
-            os.close(fd)
+        os.close(keys)
+        os.close(said)
 
 
 def _lock(vm: VMDirectory, fd: int) -> None:

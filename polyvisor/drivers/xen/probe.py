@@ -5,12 +5,11 @@ from __future__ import annotations
 from polyvisor.drivers.xen import xl
 from polyvisor.drivers.xen.dom0 import is_dom0
 from polyvisor.errors import PolyvisorError
+from polyvisor.network.bridge import missing_programs
 from polyvisor.status import Accelerator, Capabilities
 
 MISSING = {
     "save": "saving VMs of Xen is not there yet",
-    "user": "cards on a user network are not there yet on Xen",
-    "private": "private networks are not there yet on Xen",
     "uefi": "UEFI firmware for guests of Xen is not there yet",
     "nested": "guests of Xen can't run VMs",
 }
@@ -33,5 +32,10 @@ async def probe() -> Capabilities | None:
             Accelerator(name="xen", available=True, reason=f"virt_caps: {' '.join(info.virt_caps) or 'none'}"),
         ),
         modes=info.modes,
-        missing={**MISSING, **xl.missing_modes(info.modes)},
+        missing={**MISSING, **xl.missing_modes(info.modes), **_networks()},
     )
+
+
+def _networks() -> dict[str, str]:
+    reason = missing_programs()
+    return {"user": reason, "private": reason} if reason else {}
