@@ -55,6 +55,15 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
+def write_new(path: Path, data: str) -> None:
+    """Write a file into a directory that is still being made: nobody reads it yet, and its maker makes it durable.
+
+    Raises OSError.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(data)
+
+
 def make_directory(path: Path, bits: int) -> None:
     """Make directory `path` unless it is there; it has permissions `bits` from its first moment. Raises OSError.
 

@@ -49,6 +49,11 @@ class Home:
     def cache(self) -> Path:
         return self.path / "cache"
 
+    @property
+    def next_user(self) -> Path:
+        """The number of the next VM's user, where root runs VMs."""
+        return self.path / "next-user"
+
     def prepare(self) -> None:
         """Make the directories that are missing; raises NotPermitted or StorageFull.
 

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput
-from polyvisor.files import storage_errors, sync_files, write_atomic
+from polyvisor.files import storage_errors, sync_files, write_new
 from polyvisor.home import Home
 from polyvisor.host.keys import KNOWN_HOSTS, give_host_key, login_key, read_host_key
 from polyvisor.host.plan import (
@@ -20,7 +20,7 @@ from polyvisor.host.plan import (
     choose_firmware,
     disk_path,
 )
-from polyvisor.host.record import Record
+from polyvisor.host.record import Record, record_to_json
 from polyvisor.host.store import VMDirectory
 from polyvisor.images.image import Image, Seed
 from polyvisor.images.seed import SeedData, nocloud_iso, write_seeded
@@ -37,16 +37,19 @@ _GIB = 1024
 
 
 def new_user(home: Home) -> int | None:
-    """A numeric user that no VM of this home has had, for root; None for others, whose VMs run as themselves."""
+    """A numeric user that no VM of this home has had, for root; None for others, whose VMs run as themselves.
+
+    Whoever makes a VM of it makes `home.next_user` durable first: numbered twice after a power cut, two VMs could read each
+    other's disks.
+    """
     if os.geteuid() != 0:
         return None
     with storage_errors("numbering the VM"):
-        fd = os.open(home.path / "next-user", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(home.next_user, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             number = int(os.pread(fd, 16, 0) or FIRST_USER)
             os.pwrite(fd, str(number + 1).encode(), 0)
-            os.fdatasync(fd)  # numbered twice after a power cut, two VMs could read each other's disks
         finally:
             os.close(fd)
     return number
@@ -63,25 +66,21 @@ def check_disk_sizes(spec: VMSpec, image: Image) -> None:
 
 
 async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
-    """Put a new VM's disks and record into its directory, the record last."""
+    """Put a new VM's disks and record into its directory, the record last; `VMStore.creating` makes them durable."""
     await _make_disks(vm, record, image, images)
     if image.seed is Seed.NONE:
         (vm.path / KNOWN_HOSTS).parent.mkdir(mode=0o700)  # for the key that the guest shows at the first login
     else:
         await give_host_key(vm.path, keys)
-        write_known_host(vm, record)
+        # So that whoever logs in knows the guest's key beforehand, under the VM's name.
+        write_new(vm.path / KNOWN_HOSTS, f"{record.spec.name} {read_host_key(vm.path).public}\n")
     if record.user is not None:
         vm.path.chmod(0o711)
         vm.disks.chmod(0o711)
         os.chown(vm.run, record.user, record.user)
         for disk in vm.disks.iterdir():
             os.chown(disk, record.user, record.user)
-    vm.write_record(record)
-
-
-def write_known_host(vm: VMDirectory, record: Record) -> None:
-    """Let whoever logs in know the guest's host key beforehand, under the VM's name."""
-    write_atomic(vm.path / KNOWN_HOSTS, f"{record.spec.name} {read_host_key(vm.path).public}\n")
+    write_new(vm.path / "vm.json", record_to_json(record))
 
 
 async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode) -> None:

@@ -201,7 +201,7 @@ class VMStore:
                 for directory in (staging.path, staging.disks, staging.run):
                     directory.mkdir(mode=0o700)
                 yield staging
-                sync_files(staging.path)
+                sync_files(staging.path, *(path for path in [self.home.next_user] if path.exists()))
                 staging.path.rename(final.path)
                 sync_directory(self.home.vms)
         except BaseException:

@@ -14,7 +14,16 @@ from polyvisor.values import dataclass
 
 SUITES = {"bookworm": "debian-12", "trixie": "debian-13"}
 # Polyvisor's needs on a host (docs/guide.md, "Other hosts"), and what its user does there by hand.
-_HOST_PACKAGES = ("python3", "qemu-utils", "util-linux-extra", "openssh-client", "gpgv", "nftables", "dnsmasq-base", "tcpdump")
+_HOST_PACKAGES = (
+    "python3",
+    "qemu-utils",
+    "util-linux-extra",
+    "openssh-client",
+    "gpgv",
+    "nftables",
+    "dnsmasq-base",
+    "tcpdump",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,8 @@ FLAVOURS = {
             data=("debian", "lab", "lab-xen"),
             user="root",
             # The serial port is Xen's, which shares it with dom0. Dom0's memory is fixed: the rest is for guests.
-            xen="dom0_mem=2048M,max:2048M dom0_max_vcpus=2 console=com1 com1=115200,8n1",
+            # Lazily restored FPU registers get mixed up where emulation runs PVH guests beside dom0 (docs/design/lab.md).
+            xen="dom0_mem=2048M,max:2048M dom0_max_vcpus=2 spec-ctrl=eager-fpu console=com1 com1=115200,8n1",
             firmware=("bios",),  # by UEFI, Xen would need a boot loader entry of its own
             size_gib=12,
             memory_mib=4096,

@@ -7,7 +7,6 @@ be read, and sent, by every process of this host: it keeps VMs apart from the ou
 
 from __future__ import annotations
 
-import hashlib
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range that Linux gives to clients
 
@@ -17,6 +16,8 @@ def multicast_group(place: str, network: str) -> str:
 
     In the organization-local scope 239.192.0.0/14, which no router lets out (RFC 2365, 6.2).
     """
+    import hashlib  # loads OpenSSL, for which starts without such a network need not wait
+
     digest = hashlib.sha256(f"{place}\0{network}".encode()).digest()
     port = _FIRST_PORT + int.from_bytes(digest[3:5], "big") % _PORTS
     return f"239.{192 + digest[0] % 4}.{digest[1]}.{digest[2]}:{port}"
