@@ -7,7 +7,6 @@ be read, and sent, by every process of this host: it keeps VMs apart from the ou
 
 from __future__ import annotations
 
-
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range that Linux gives to clients
 
 

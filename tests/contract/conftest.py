@@ -36,6 +36,10 @@ async def api(request: pytest.FixtureRequest, host: Host, sshd: Server, tmp_path
 
 @pytest.fixture
 def spec() -> VMSpec:
+    return named()
+
+
+def named() -> VMSpec:
     """A VM that boots in seconds, under a name that no other test uses."""
     return VMSpec(name=f"vm-{next(_numbers)}", image="tiny")
 

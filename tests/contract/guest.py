@@ -6,11 +6,22 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import pytest
+
 from polyvisor.host.api import HostApi
 from polyvisor.remote.host import RemoteHost
 from polyvisor.ssh import execute
 
 BOOT_S = 120.0
+DISK = "$(echo /dev/*vda)"  # vda, and xvda on Xen
+
+
+async def needs(api: HostApi, verb: str) -> None:
+    """Skip a test of what the driver of the host's VMs declares not to do, with the reason that it gives."""
+    status = await api.status()
+    for driver in status.capabilities:
+        if status.hypervisor in [each.name for each in driver.accelerators] and (reason := driver.missing.get(verb)):
+            pytest.skip(f"{driver.driver}: {verb}: {reason}")
 
 
 async def guest(api: HostApi, name: str, command: str) -> str:

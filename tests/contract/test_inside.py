@@ -15,20 +15,20 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Disk, OnReboot, VMSpec
 from polyvisor.ssh import copy, execute
 from polyvisor.status import VMState
-from tests.contract.guest import BOOT_S, dialled, guest
+from tests.contract.guest import BOOT_S, DISK, dialled, guest
 
 pytestmark = [pytest.mark.qemu]
 
 
 async def test_stop_shuts_the_guest_down_and_disks_are_kept(api: HostApi, spec: VMSpec) -> None:
     await api.run(dataclasses.replace(spec, disks=(Disk(size_gib=1),)))
-    await guest(api, spec.name, "echo kept | dd of=/dev/vda bs=512 conv=sync && sync")
+    await guest(api, spec.name, f"echo kept | dd of={DISK} bs=512 conv=sync && sync")
     stopped = await api.stop(spec.name, timeout_s=60)
     assert stopped.state is VMState.STOPPED
     console = await _log(api, spec.name)
     assert "reboot: Power down" in console or "The system is going down" in console, "it was killed, not shut down"
     await api.start(spec.name)
-    assert await guest(api, spec.name, "head -c 4 /dev/vda") == "kept"
+    assert await guest(api, spec.name, f"head -c 4 {DISK}") == "kept"
 
 
 async def test_stop_of_a_guest_that_does_not_listen_kills_it(api: HostApi, running: str) -> None:

@@ -13,9 +13,10 @@ from polyvisor.operation import Step
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Disk, VMSpec
 from polyvisor.status import VMState
-from tests.contract.guest import BOOT_S, guest
+from tests.contract.guest import BOOT_S, DISK, guest, needs
 
 pytestmark = [pytest.mark.qemu]
+saves = pytest.mark.usefixtures("saving")  # a mark of this module would be lost where its tests are imported
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 COUNT = (
@@ -24,10 +25,16 @@ COUNT = (
 COUNTED = "cd /dev/shm 2>/dev/null || cd /tmp; cat count"
 
 
+@pytest.fixture
+async def saving(api: HostApi) -> None:
+    await needs(api, "save")
+
+
+@saves
 async def test_a_saved_vm_goes_on_where_it_was(api: HostApi, spec: VMSpec) -> None:
     await api.run(dataclasses.replace(spec, disks=(Disk(size_gib=1),)))
     before = await guest(api, spec.name, BOOT_ID)
-    await guest(api, spec.name, f"echo kept >/tmp/file; echo there | dd of=/dev/vda bs=512 conv=sync; {COUNT}")
+    await guest(api, spec.name, f"echo kept >/tmp/file; echo there | dd of={DISK} bs=512 conv=sync; {COUNT}")
     counted = int(await guest(api, spec.name, f"sleep 0.5; {COUNTED}"))
     steps: list[Step] = []
     saved = await api.save(spec.name, steps.append)
@@ -35,12 +42,13 @@ async def test_a_saved_vm_goes_on_where_it_was(api: HostApi, spec: VMSpec) -> No
     assert {step.phase for step in steps} >= {"saving", "checking"}
     started = await api.start(spec.name)
     assert started.state is VMState.RUNNING
-    assert await guest(api, spec.name, f"{BOOT_ID}; cat /tmp/file; head -c 5 /dev/vda") == f"{before}\nkept\nthere"
+    assert await guest(api, spec.name, f"{BOOT_ID}; cat /tmp/file; head -c 5 {DISK}") == f"{before}\nkept\nthere"
     await asyncio.sleep(0.5)
     assert int(await guest(api, spec.name, COUNTED)) > counted
     assert (await api.show(spec.name)).saved is None
 
 
+@saves
 async def test_save_and_start_again_and_again(api: HostApi, booted: str) -> None:
     """What was restored once can be saved again; each verb twice is as once."""
     before = await guest(api, booted, BOOT_ID)
@@ -57,6 +65,7 @@ async def test_save_and_start_again_and_again(api: HostApi, booted: str) -> None
     assert await guest(api, booted, BOOT_ID) == before
 
 
+@saves
 async def test_a_paused_vm_is_paused_again(api: HostApi, booted: str) -> None:
     before = await guest(api, booted, BOOT_ID)
     await api.pause(booted)
@@ -69,6 +78,7 @@ async def test_a_paused_vm_is_paused_again(api: HostApi, booted: str) -> None:
     assert await guest(api, booted, BOOT_ID) == before
 
 
+@saves
 async def test_start_fresh_boots(api: HostApi, booted: str) -> None:
     before = await guest(api, booted, BOOT_ID)
     await api.save(booted)
@@ -78,6 +88,7 @@ async def test_start_fresh_boots(api: HostApi, booted: str) -> None:
     assert (await api.show(booted)).status.state is VMState.STOPPED
 
 
+@saves
 async def test_run_of_a_saved_vm_resumes_it(api: HostApi, booted: str, spec: VMSpec) -> None:
     before = await guest(api, booted, BOOT_ID)
     await api.save(booted)
@@ -85,6 +96,7 @@ async def test_run_of_a_saved_vm_resumes_it(api: HostApi, booted: str, spec: VMS
     assert await guest(api, booted, BOOT_ID) == before
 
 
+@saves
 async def test_a_saved_vm_is_not_alive(api: HostApi, spec: VMSpec) -> None:
     """Whatever ends a VM leaves it; whatever needs one that is alive says what it is."""
     name = spec.name
@@ -102,6 +114,7 @@ async def test_a_saved_vm_is_not_alive(api: HostApi, spec: VMSpec) -> None:
         await api.show(name)
 
 
+@saves
 async def test_only_a_live_vm_can_be_saved(api: HostApi, spec: VMSpec) -> None:
     with pytest.raises(NotFound):
         await api.save(spec.name)
@@ -111,6 +124,7 @@ async def test_only_a_live_vm_can_be_saved(api: HostApi, spec: VMSpec) -> None:
     assert raised.value.hint is not None and "start" in raised.value.hint
 
 
+@saves
 async def test_forwards_are_those_of_the_start(api: HostApi, booted: str) -> None:
     """Ports are the host's affair: those added while the VM was saved are open afterwards, SSH keeps its own."""
     before = (await api.show(booted)).status.forwards
@@ -122,6 +136,7 @@ async def test_forwards_are_those_of_the_start(api: HostApi, booted: str) -> Non
     await api.wait_for_ssh(booted, timeout_s=BOOT_S)
 
 
+@saves
 async def test_a_vm_that_went_on_is_not_saved_any_more(api: HostApi, booted: str) -> None:
     await api.save(booted)
     await api.start(booted)

@@ -103,24 +103,35 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.fixture(scope="module")
-def homes(lab: Lab) -> Iterator[str]:
-    """A directory on lab-kvm1 with a home for each test, all with the images of the host's own."""
+def host_name() -> str:
+    """The lab's host whose `api` a module tests."""
+    return "lab-kvm1"
+
+
+@pytest.fixture(scope="module")
+def homes(lab: Lab, host_name: str) -> Iterator[str]:
+    """A directory on that host with a home for each test, all with the images of the host's own."""
     directory = f"/var/tmp/homes-{uuid.uuid4().hex[:8]}"
     make = f"for i in $(seq 0 {HOMES}); do mkdir -p $i; chmod 711 $i; ln -s /var/lib/polyvisor/images $i/images; done"
-    _on(lab, f"mkdir -m 711 {directory}; cd {directory}; {make}")
+    _on(lab, host_name, f"mkdir -m 711 {directory}; cd {directory}; {make}")
     yield directory
-    _on(lab, f"pkill -f [q]emu-system; sleep 1; rm -rf {directory}")
+    clean = (
+        "pkill -f [q]emu-system"
+        if host_name == "lab-kvm1"
+        else "xl list | awk 'NR > 2 {print $1}' | xargs -rn1 xl destroy"
+    )
+    _on(lab, host_name, f"{clean}; sleep 1; rm -rf {directory}")
 
 
-def _on(lab: Lab, script: str) -> None:
-    completed = asyncio.run(execute(lab.host, "lab-kvm1", ["sh", "-c", script], timeout_s=120))
+def _on(lab: Lab, name: str, script: str) -> None:
+    completed = asyncio.run(execute(lab.host, name, ["sh", "-c", script], timeout_s=120))
     assert not completed.stderr, completed.stderr
 
 
 @pytest.fixture
-async def api(lab: Lab, client: Home, homes: str) -> AsyncIterator[HostApi]:
-    """The lab's KVM host as a remote host, with a home of its own for each test."""
-    entry = replace(lab.hosts.get("lab-kvm1"), home=f"{homes}/{next(_numbers)}")
+async def api(lab: Lab, client: Home, homes: str, host_name: str) -> AsyncIterator[HostApi]:
+    """That host as a remote host, with a home of its own for each test."""
+    entry = replace(lab.hosts.get(host_name), home=f"{homes}/{next(_numbers)}")
     remote = RemoteHost(entry, client)
     yield remote
     await remote.close()
