@@ -21,12 +21,26 @@ from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.image import Image
 from polyvisor.images.store import ImageStore
+from tests import contract_report
 from tests.sshd import Server, serving
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first: with several workers none is left alone with it at the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+    for item in items:
+        contract_report.mark(item)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests of the contract which targets have passed."""
+    outcomes = ("passed", "failed", "error", "skipped")
+    found = contract_report.results(each for outcome in outcomes for each in terminalreporter.stats.get(outcome, []))
+    if found:
+        terminalreporter.section("the contract of HostApi, by target")
+        for line in contract_report.summary(found):
+            terminalreporter.line(line)
+        terminalreporter.line(f"test by test: {contract_report.write(found)}")
 
 
 @pytest.fixture(scope="session")

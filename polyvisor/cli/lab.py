@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from polyvisor.cli.context import Context
 from polyvisor.cli.table import memory, table
-from polyvisor.errors import NotFound, Unsupported
+from polyvisor.errors import InvalidInput, NotFound, Unsupported
 
 if TYPE_CHECKING:
     from polyvisor.lab.lab import Lab, LabStatus
+    from polyvisor.lab.plan import LabHost
 
 
 def add_lab(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,7 @@ def add_lab(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="run this instead of a shell")
     sub.set_defaults(action=_ssh)
     sub = verbs.add_parser("down", help="save the hosts and free their memory; guests on them are there again after up")
+    sub.add_argument("names", nargs="*", metavar="HOST", help="these alone, such as lab-kvm1 or kvm1 (default: all)")
     sub.add_argument("--shutdown", action="store_true", help="shut them down instead; the next up has to boot them")
     sub.set_defaults(action=_down)
     sub = verbs.add_parser("rm", help="delete the hosts and everything on them; their images stay")
@@ -31,6 +33,7 @@ def add_lab(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="HOST", help="these alone, such as lab-kvm1 or kvm1")
     about = "number of hosts that run {} (default: as many as there are, or 1)"
     parser.add_argument("--kvm", type=int, metavar="N", help=about.format("KVM"))
     parser.add_argument("--xen", type=int, metavar="N", help=about.format("Xen"))
@@ -54,20 +57,12 @@ def _lab(context: Context) -> Lab:
 
 def _up(context: Context, options: argparse.Namespace) -> int:
     from polyvisor.cli.spec_flags import size_mib
-    from polyvisor.lab.plan import Kind, lab_hosts
 
     lab = _lab(context)
     amount = size_mib(options.memory, "memory") if options.memory else None
 
     async def up() -> list[LabStatus]:
-        there = [host.kind for host, _ in await lab.members()]
-        asked = options.kvm is not None or options.xen is not None
-        # Whoever asks for one kind wants that beside what is there; who asks for nothing wants the lab.
-        counts = {
-            kind: given if (given := getattr(options, kind)) is not None else there.count(kind) or int(not asked)
-            for kind in Kind
-        }
-        wanted = lab_hosts(counts[Kind.KVM], counts[Kind.XEN])
+        wanted = _wanted(options, [host for host, _ in await lab.members()])
         return await lab.up(
             wanted, suite=options.suite, vcpus=options.vcpus, memory_mib=amount, progress=context.progress
         )
@@ -76,6 +71,24 @@ def _up(context: Context, options: argparse.Namespace) -> int:
     if not context.json:
         context.note("use them as hosts: polyvisor --host lab-kvm1 run tiny    save them: polyvisor lab down")
     return 0
+
+
+def _wanted(options: argparse.Namespace, there: Sequence[LabHost]) -> list[LabHost]:
+    """The hosts to bring up, where `there` are those that the lab has; raises InvalidInput."""
+    from polyvisor.lab.plan import Kind, lab_hosts, parse_host
+
+    asked = options.kvm is not None or options.xen is not None
+    if options.names:
+        if asked:
+            raise InvalidInput("host", options.names[0], "stands beside a number of hosts", hint="use names or numbers")
+        return [parse_host(name) for name in dict.fromkeys(options.names)]
+    kinds = [host.kind for host in there]
+    # Whoever asks for one kind wants that beside what is there; who asks for nothing wants the lab.
+    counts = {
+        kind: given if (given := getattr(options, kind)) is not None else kinds.count(kind) or int(not asked)
+        for kind in Kind
+    }
+    return lab_hosts(counts[Kind.KVM], counts[Kind.XEN])
 
 
 def _status(context: Context, options: argparse.Namespace) -> int:
@@ -88,9 +101,10 @@ def _status(context: Context, options: argparse.Namespace) -> int:
 
 def _ssh(context: Context, options: argparse.Namespace) -> int:
     from polyvisor.cli.ssh import log_in
+    from polyvisor.lab.plan import parse_host
 
     names = [host.name for host, _ in context.run(_lab(context).members())]
-    name = options.name if options.name.startswith("lab-") else f"lab-{options.name}"
+    name = parse_host(options.name).name
     if name not in names:
         known = ", ".join(names)
         hint = f"there are {known}" if known else "make one: polyvisor lab up"
@@ -99,7 +113,10 @@ def _ssh(context: Context, options: argparse.Namespace) -> int:
 
 
 def _down(context: Context, options: argparse.Namespace) -> int:
-    _show(context, context.run(_lab(context).down(shut_down=options.shutdown, progress=context.progress)))
+    from polyvisor.lab.plan import parse_host
+
+    lab, wanted = _lab(context), [parse_host(name) for name in options.names] or None
+    _show(context, context.run(lab.down(wanted, shut_down=options.shutdown, progress=context.progress)))
     return 0
 
 

@@ -174,12 +174,20 @@ def build_boot(
         accelerator=accelerator,
         kernel=image_directory / image.kernel.name if direct and image.kernel else None,
         initrd=_initrd(image, image_directory) if direct else None,
-        cmdline=" ".join(filter(None, (image.cmdline, spec.cmdline))) if direct else "",
+        cmdline=_cmdline(spec, image, on_xen=xen is not None and mode is not Mode.HVM) if direct else "",
         disks=boot_disks(spec, image, image_directory),
         nics=boot_nics(record, last, place),
         seed=SEED_DISK if image.seed is Seed.NOCLOUD else None,
         uefi_vars=UEFI_VARIABLES if firmware is Firmware.UEFI else None,
     )
+
+
+def _cmdline(spec: VMSpec, image: Image, *, on_xen: bool) -> str:
+    """The kernel's command line: the image's, the user's, and before that Xen's console for guests without a serial port.
+
+    The last console is where /dev/console leads, and Linux takes a serial port for there that PV guests don't have.
+    """
+    return " ".join(filter(None, (image.cmdline, "console=hvc0" if on_xen else "", spec.cmdline)))
 
 
 def boot_disks(spec: VMSpec, image: Image, image_directory: Path) -> tuple[BootDisk, ...]:

@@ -111,13 +111,16 @@ class Lab:
         names = {host.name for host in wanted}
         return [status for status in await self.status() if status.name in names]
 
-    async def down(self, *, shut_down: bool = False, progress: Progress = silent) -> list[LabStatus]:
-        """Save every host of the lab that runs, or shut it down; its memory is free then."""
+    async def down(
+        self, wanted: Sequence[LabHost] | None = None, *, shut_down: bool = False, progress: Progress = silent
+    ) -> list[LabStatus]:
+        """Save every host of the lab that runs, or those `wanted`, or shut them down; their memory is free then."""
         async with self._alone(progress):
-            return await self._down(shut_down, progress)
+            return await self._down(wanted, shut_down, progress)
 
-    async def _down(self, shut_down: bool, progress: Progress) -> list[LabStatus]:
-        alive = [(host, status) for host, status in await self.members() if status.state.alive]
+    async def _down(self, wanted: Sequence[LabHost] | None, shut_down: bool, progress: Progress) -> list[LabStatus]:
+        there = [(host, status) for host, status in await self.members() if wanted is None or host in wanted]
+        alive = [(host, status) for host, status in there if status.state.alive]
         ticker = _Ticker(progress, [host.name for host, _ in alive])
 
         async def end(host: LabHost, status: VMStatus) -> None:

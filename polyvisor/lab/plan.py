@@ -56,6 +56,16 @@ class LabHost:
 _KINDS = tuple(Kind)
 
 
+def parse_host(text: str) -> LabHost:
+    """The host that `lab-kvm1`, or `kvm1` for short, names; raises InvalidInput."""
+    for kind in Kind:
+        number = text.removeprefix("lab-").removeprefix(kind.value)
+        if text in (f"{kind}{number}", f"lab-{kind}{number}") and number in map(str, range(1, MAX_HOSTS + 1)):
+            return LabHost(kind=kind, number=int(number))
+    problem = "is no name of a host of the lab"
+    raise InvalidInput("host", text, problem, hint=f"lab-kvm1 … lab-kvm{MAX_HOSTS}, or lab-xen1 … lab-xen{MAX_HOSTS}")
+
+
 # Emulated hosts can be saved while none of their vCPUs executes a guest. So guests are stopped before, and go on afterwards;
 # those that somebody had paused stay so.
 _FROZEN = "/run/polyvisor-frozen"

@@ -23,9 +23,14 @@ from polyvisor.spec.vm import Hypervisor, Mode, Nic, OnReboot, VMSpec
 from polyvisor.ssh import execute
 from polyvisor.status import VMState
 
-pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]
 BOOT_S = 300.0
 _names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def host_name() -> str:
+    return "lab-xen1"
 
 
 @pytest.fixture

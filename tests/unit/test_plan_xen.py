@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +12,14 @@ from polyvisor.drivers.xen.xl import missing_modes
 from polyvisor.errors import InvalidInput, Unsupported
 from polyvisor.host.plan import (
     boots_directly,
+    build_boot,
     check_networks,
     choose_accelerator,
     choose_firmware,
     choose_mode,
     explain_mode,
 )
+from polyvisor.host.record import Record
 from polyvisor.images.image import Image, ImageFile
 from polyvisor.spec.vm import Firmware, Hypervisor, Mode, Nic, VMSpec
 from polyvisor.status import Accelerator, Capabilities
@@ -102,3 +105,18 @@ def test_networks_and_firmware_that_xen_has_not() -> None:
     with pytest.raises(InvalidInput, match="UEFI"):
         choose_firmware(spec(firmware=Firmware.UEFI), DISK, Mode.HVM, WHOLE)
     assert choose_firmware(spec(), DISK, Mode.HVM, WHOLE) is Firmware.BIOS
+
+
+@pytest.mark.parametrize(
+    ("mode", "on", "cmdline"),
+    [
+        (Mode.PV, WHOLE, "quiet console=hvc0 mine"),
+        (Mode.PVH, WHOLE, "quiet console=hvc0 mine"),
+        (Mode.HVM, WHOLE, "quiet mine"),
+        (Mode.PVH, None, "quiet mine"),
+    ],
+)
+def test_the_console_of_a_guest_without_a_serial_port(mode: Mode, on: Capabilities | None, cmdline: str) -> None:
+    image = replace(KERNEL, cmdline="quiet")
+    record = Record(id="c", created_at=0.0, spec=spec(mode=mode, cmdline="mine", nics=()), image_id="a", memory_mib=128)
+    assert build_boot(record, image, Path("/images"), "xen" if on else "tcg", xen=on).cmdline == cmdline

@@ -40,7 +40,6 @@ elif verb == "create":
     while True:
         i = number()
         write(i, uuid, "running", name)
-        os.write(1, b"hello\n")
         say("Waiting for domain %s (domid %d) to die [pid %d]" % (name, i, os.getpid()))
         while os.path.exists(D + "/" + str(i)) and read(i)[1] in ("running", "paused"):
             time.sleep(0.01)
@@ -52,6 +51,10 @@ elif verb == "create":
         if code != 1 or 'on_reboot = "restart"' not in config:
             sys.exit(say("Done. Exiting now"))
         say("Done. Rebooting now")
+elif verb == "console":
+    os.write(1, b"hello\n")
+    while os.path.exists(D + "/" + words[-1]):
+        time.sleep(0.01)
 else:
     i = int(words[1])
     uuid, state, name = read(i)

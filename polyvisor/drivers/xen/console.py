@@ -1,8 +1,8 @@
 """The console of a guest of Xen: what it says is read from the console log, what is typed goes to Xen's console client.
 
-Xen's console of a domain (pv, pvh) has one reader, `xenconsole`, which `xl` starts and which writes the log; the pipe that it
-reads from lasts through reboots. An HVM guest's serial port is a socket of its QEMU, which is another one after a reboot, so it
-is connected to whenever something is typed.
+Xen's console of a domain (pv, pvh) has one reader, its console client (follow.py), which writes the log; the pipe that it reads
+from lasts through reboots. An HVM guest's serial port is a socket of its QEMU, which is another one after a reboot, so it is
+connected to whenever something is typed.
 """
 
 from __future__ import annotations

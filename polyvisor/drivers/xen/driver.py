@@ -1,8 +1,8 @@
 """The Xen driver: guests in modes pv, pvh and hvm, each a domain that `xl create -F` waits for.
 
 That process runs in the VM's directory, holds the lock on the VM's `alive` file, starts the guest anew when it reboots, and
-writes into the VM's log what becomes of the domain. Xen's console client and its QEMU inherit the lock, so a VM whose `xl` was
-killed is alive still, for as long as its domain is. What a domain does is asked of `xl list`. See docs/design/xen-driver.md.
+writes into the VM's log what becomes of the domain. By that log, a VM whose `xl` was killed is known to be alive for as long as
+its domain is. What a domain does is asked of `xl list`. See docs/design/xen-driver.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
 from polyvisor.drivers.xen import xl
 from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config
+from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
 from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_log
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from polyvisor.process import Program
 
 CONFIG = "xl.cfg"
-CONSOLE_INPUT = "run/console.in"
 START_S = 120.0
 KILL_S = 30.0
 RESET_S = 60.0
@@ -64,8 +64,7 @@ class XenDriver:
 
     async def command(self, boot: Boot) -> Command:
         """The exact command that `start` runs; the configuration that it reads is written then."""
-        words = (xl.program(), "create", "-F", *(() if boot.mode is Mode.HVM else ("-c",)), CONFIG)
-        return Command(argv=words, version=(await xl.info()).version)
+        return Command(argv=(xl.program(), "create", "-F", CONFIG), version=(await xl.info()).version)
 
     async def start(
         self,
@@ -104,7 +103,10 @@ class XenDriver:
         if cards := _cards(vm, boot):
             await self._bridge.join(vm.alive_file, cards)
         with storage_errors(f"starting VM '{vm.name}'"):
-            return _spawn(vm, command.argv, [alive, *(port.fileno() for port in ports)])
+            process = _spawn(vm, command.argv, [alive, *(port.fileno() for port in ports)])
+            if boot.mode is not Mode.HVM:
+                follow_console(vm, process.pid)
+            return process
 
     async def _until_begun(self, vm: VMDirectory, process: Program) -> None:
         deadline = time.monotonic() + START_S
@@ -296,25 +298,10 @@ def _locked(vm: VMDirectory, held: contextlib.ExitStack) -> int:
 
 
 def _spawn(vm: VMDirectory, argv: tuple[str, ...], inherit: Sequence[int]) -> Program:
-    """Start xl so that it holds the lock on the VM's `alive` file from its first moment to its last.
-
-    Its console client, which inherits it too, reads what is to be typed from a pipe that never ends, since it is opened for
-    both ways, and adds what the guest says to the console log.
-    """
-    pipe = vm.path / CONSOLE_INPUT
-    pipe.unlink(missing_ok=True)
-    os.mkfifo(pipe, 0o600)
-    keys = os.open(pipe, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    said = os.open(vm.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        vm.log.unlink(missing_ok=True)
-        # Opened to append, since others note there what they did while xl goes on writing.
-        with vm.log.open("ab") as log, os.fdopen(said, "ab", closefd=False) as console:
-            os.set_blocking(keys, True)
-            return spawn_detached(argv, cwd=vm.path, output=console, errors=log, inherit=inherit, stdin=keys)
-    finally:
-        os.close(keys)
-        os.close(said)
+    """Start xl so that it holds the lock on the VM's `alive` file from its first moment to its last."""
+    vm.log.unlink(missing_ok=True)
+    with vm.log.open("ab") as log:  # to append, since others note there what they did while xl goes on writing
+        return spawn_detached(argv, cwd=vm.path, output=log, inherit=inherit)
 
 
 def _lock(vm: VMDirectory, fd: int) -> None:
