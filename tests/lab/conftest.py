@@ -40,20 +40,29 @@ LIMIT_S = 20 * 60
 NEEDED_MEMORY_MIB = 9 * 1024
 NEEDED_STORAGE_MIB = 8 * 1024
 MODES = (Mode.PV, Mode.PVH, Mode.HVM)
+# A guest that boots in mode hvm takes minutes there: QEMU hands it its kernel byte by byte, through an emulated port.
+IN_HVM = (
+    "test_start_and_kill_are_idempotent",
+    "test_pause_and_resume",
+    "test_remove_wants_a_stopped_vm_or_force",
+    "test_the_console_has_one_user_at_a_time",
+    "test_what_the_guest_gets_is_what_was_asked_for",
+)
 HOMES = 100
 HOSTS = 2
 _numbers = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On Xen each test of the contract runs in one mode, in turn: in all three they take an hour on emulated hosts."""
+    """On Xen each test of the contract runs in one mode: in all three they take over an hour on emulated hosts."""
     if os.environ.get("POLYVISOR_TEST_ALL"):
         return
     inside = [each for each in items if isinstance(each, pytest.Function) and "test_xen_contract" in each.nodeid]
     tests = [(each, each.callspec.params["spec"]) for each in inside if hasattr(each, "callspec")]
-    names = list(dict.fromkeys(test.originalname for test, _ in tests))
+    names = list(dict.fromkeys(test.originalname for test, _ in tests if test.originalname not in IN_HVM))
     for test, mode in tests:
-        if MODES[names.index(test.originalname) % len(MODES)] is not mode:
+        mine = Mode.HVM if test.originalname in IN_HVM else (Mode.PV, Mode.PVH)[names.index(test.originalname) % 2]
+        if mode is not mine:
             test.add_marker(pytest.mark.skip(reason="tested in another mode of Xen; in all with POLYVISOR_TEST_ALL=1"))
 
 
