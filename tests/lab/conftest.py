@@ -168,8 +168,10 @@ def _on(lab: Lab, name: str, script: str) -> None:
 
 @pytest.fixture
 async def api(lab: Lab, client: Home, homes: str, host_name: str) -> AsyncIterator[HostApi]:
-    """That host as a remote host, with a home of its own for each test."""
+    """That host as a remote host, with a home of its own for each test, whose VMs end with it."""
     entry = replace(lab.hosts.get(host_name), home=f"{homes}/{next(_numbers)}")
     remote = RemoteHost(entry, client)
     yield remote
+    for status in await remote.vms():
+        await remote.remove(status.name, force=True)
     await remote.close()
