@@ -17,10 +17,12 @@ from bench.listing import bench_listing
 from bench.product import Polyvisor
 from bench.remote import bench_remote
 from bench.start import Stamps, bench_start
+from bench.xen import bench_xen
 from polyvisor.drivers.qemu.programs import find_binary
+from polyvisor.home import Home
 
 BENCHES = ("cli", "start", "ls", "remote")
-LONG = ("lab",)  # these take a quarter of an hour and more: only when asked for
+LONG = ("lab", "xen")  # these take a quarter of an hour and more: only when asked for
 
 
 def main() -> int:
@@ -39,6 +41,7 @@ def main() -> int:
             "ls": lambda: bench_listing(polyvisor, scratch, peer, options.runs),
             "remote": lambda: bench_remote(polyvisor, scratch, options.runs),
             "lab": lambda: bench_lab(polyvisor, options.runs),
+            "xen": lambda: bench_xen(polyvisor, Home(scratch / "xen"), options.runs),
         }
         machine = environment(
             qemu=call([find_binary(), "--version"]).splitlines()[0],
