@@ -5,9 +5,6 @@
 # uv as installed, or as scripts/setup.sh installs it. Looked up when a recipe runs.
 UV = $$(command -v uv || echo .venv-tools/bin/uv)
 
-# Tests of real VMs wait as much as they compute.
-WORKERS = $$((2 * $$(nproc)))
-
 help:
 	@echo 'make demo    set up what is missing, then start a virtual machine and log in to it'
 	@echo 'make test    set up what is missing, then check and test everything'
@@ -26,7 +23,7 @@ demo: setup
 test:
 	@sh scripts/setup.sh test
 	@$(MAKE) --no-print-directory check
-	$(UV) run pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/lab
+	$(UV) run pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/lab
 	@echo 'The tests of the lab, whose hosts want the machine for themselves:'
 	$(UV) run pytest -n 2 --dist loadfile tests/lab
 

@@ -63,6 +63,12 @@ class Drivers:
         driver = self.of(vm)
         return vm.alive() or (driver is self.xen and await self.xen.lives(vm))
 
+    async def end(self, vm: VMDirectory) -> None:
+        """End a VM that is alive; of one that has ended by itself, take back what Xen's driver had given it of this host."""
+        driver = self.of(vm)
+        if vm.alive() or driver is self.xen:
+            await driver.kill(vm)
+
     async def capabilities(self) -> tuple[Capabilities, ...]:
         """What the drivers can do here, the one to be preferred first; probed once."""
         if self._capabilities is None:

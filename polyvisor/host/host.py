@@ -83,11 +83,10 @@ class Host:
 
     async def remove(self, name: str, *, force: bool = False) -> None:
         async with self.store.locked(name, "rm") as vm:
-            if await self.drivers.lives(vm):
-                if not force:
-                    state = (await self.drivers.of(vm).inspect(vm)).state
-                    raise WrongState(f"VM '{name}' is {state}", hint=f"stop it first, or: polyvisor rm --force {name}")
-                await self.drivers.of(vm).kill(vm)
+            if await self.drivers.lives(vm) and not force:
+                state = (await self.drivers.of(vm).inspect(vm)).state
+                raise WrongState(f"VM '{name}' is {state}", hint=f"stop it first, or: polyvisor rm --force {name}")
+            await self.drivers.end(vm)
             if not self.store.remove(name):
                 raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
 

@@ -192,7 +192,7 @@ class XenDriver:
         await xl.xl("shutdown", "-F", str((await self._domain(vm)).id))
 
     async def kill(self, vm: VMDirectory) -> None:
-        """Destroy the domain, and return when everything of it has ended."""
+        """Destroy the domain, return when everything of it has ended, and take back what it has of the host's network."""
         deadline = time.monotonic() + KILL_S
         while await self.lives(vm):
             if domain := await _find(vm):
