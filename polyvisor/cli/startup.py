@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-NAMES = ("asyncio", "inspect", "shutil", "subprocess")
+NAMES = ("asyncio", "inspect", "ipaddress", "shlex", "shutil", "subprocess")
 
 
 class _Deferred(ModuleType):
@@ -40,6 +40,10 @@ def quicken() -> None:
     for name in NAMES:
         if name not in sys.modules:
             sys.modules[name] = _Deferred(name)
+    if "gettext" not in sys.modules:
+        # What argparse takes of it, in English as all the rest; looking for translations takes longer than parsing.
+        untranslated = sys.modules["gettext"] = _Deferred("gettext")
+        untranslated.__dict__.update(gettext=str, ngettext=lambda one, many, number: one if number == 1 else many)
 
 
 def ready() -> None:
