@@ -19,6 +19,7 @@ from polyvisor.remote.host import RemoteHost
 from polyvisor.spec.vm import Hypervisor, Mode, Nic, VMSpec
 from polyvisor.ssh import execute
 from polyvisor.status import VMState
+from tests.contract.guest import guest
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]
 BOOT_S = 300.0
@@ -89,6 +90,21 @@ async def test_what_does_not_work_says_why_and_leaves_nothing(lab: Lab, xen: Hos
             await xen.run(wrong)
     assert "refused" not in await xen.names()
     assert "refused" not in await _on_host(lab, "xl list")
+
+
+async def test_guests_of_one_private_network_reach_each_other(xen: HostApi, xen_spec: VMSpec) -> None:
+    names = [f"{xen_spec.name}-{i}" for i in (1, 2)]
+    nics = (Nic(), Nic(network="private:lan"))
+    try:
+        for i, name in enumerate(names, 1):
+            await xen.run(replace(xen_spec, name=name, nics=nics))
+            await xen.wait_for_ssh(name, timeout_s=BOOT_S)
+            await guest(xen, name, f"ip address add 10.9.9.{i}/24 dev eth1; ip link set eth1 up")
+        assert "1 packets received" in await guest(xen, names[0], "ping -c 1 -W 10 10.9.9.2")
+    finally:
+        for name in names:
+            if name in await xen.names():
+                await xen.remove(name, force=True)
 
 
 async def test_mode_auto_says_why(xen: HostApi) -> None:
