@@ -164,18 +164,21 @@ class Bridge:
 
 async def _bring_up(bridge: str, address: str | None) -> None:
     """Make a bridge unless it is there; with `address`, the host is a router on it."""
-    ip = _program("ip")
     if not (_DEVICES / bridge).exists():
-        fixed = ["address", BRIDGE_MAC] if address else []
-        await run([ip, "link", "add", bridge, *fixed, "type", "bridge"], timeout_s=_TOOL_S)
+        fixed = f"address {BRIDGE_MAC} " if address else ""
+        await _ip(f"link add {bridge} {fixed}type bridge")
     with storage_errors("setting up the network of guests"):
         _set(f"ipv6/conf/{bridge}/disable_ipv6", "1")
         if address:
             _set(f"ipv4/conf/{bridge}/route_localnet", "1")
             _set("ipv4/ip_forward", "1")
-    if address:
-        await run([ip, "address", "replace", address, "dev", bridge], timeout_s=_TOOL_S)
-    await run([ip, "link", "set", bridge, "up"], timeout_s=_TOOL_S)
+    await _ip(*([f"address replace {address} dev {bridge}"] if address else []), f"link set {bridge} up")
+
+
+async def _ip(*commands: str) -> None:
+    """Let one ip(8) carry out `commands`, in this order; raises ProcessFailed."""
+    text = "".join(f"{command}\n" for command in commands)
+    await run([_program("ip"), "-batch", "-"], stdin=text.encode(), timeout_s=_TOOL_S)
 
 
 def _destinations(text: str) -> list[str]:

@@ -55,16 +55,19 @@ class XenDriver:
     def __init__(self) -> None:
         self._look: asyncio.Future[Mapping[str, Domain]] | None = None
         self._bridge = Bridge()
+        self._version: str | None = None  # of the Xen below, which stays for as long as this system runs
 
     async def probe(self) -> Capabilities:
         found = await probe()
         if found is None:
             raise Unavailable("this system is not the control domain of a Xen", hint="polyvisor doctor")
+        self._version = found.version
         return found
 
     async def command(self, boot: Boot) -> Command:
         """The exact command that `start` runs; the configuration that it reads is written then."""
-        return Command(argv=(xl.program(), "create", "-F", CONFIG), version=(await xl.info()).version)
+        version = self._version or (await xl.info()).version
+        return Command(argv=(xl.program(), "create", "-F", CONFIG), version=version)
 
     async def start(
         self,
