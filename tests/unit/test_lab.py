@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("module", sorted(path.stem for path in (TESTS / "contract").glob("test_*.py")))
 def test_the_whole_contract_is_tested_in_the_lab(module: str) -> None:
-    assert f"from tests.contract.{module} import *" in (TESTS / "lab" / "test_lab.py").read_text()
+    assert f"from tests.contract.{module} import *" in (TESTS / "lab" / "test_kvm.py").read_text()
 
 
 @pytest.fixture

@@ -42,7 +42,9 @@ def xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs.mkdir()
     text = PROGRAM.replace("{python}", sys.executable).replace("{directory}", str(directory))
     (programs / "xl").write_text(text.replace("{info}", str(INFO)))
-    (programs / "xl").chmod(0o755)
+    (programs / "xenconsole").write_text('#!/bin/sh\nexec xl console "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     return directory
 
@@ -83,6 +85,12 @@ async def xl(vm: VMDirectory, verb: str) -> None:
     await program.xl(verb, str(found.id))
 
 
+async def until_said(vm: VMDirectory, text: str) -> None:
+    """Wait until the console log is `text`: each boot says hello once."""
+    while vm.console_log.read_text() != text:
+        await pause(0.01)
+
+
 async def until_ended(vm: VMDirectory) -> Observed:
     while await DRIVER.lives(vm):
         await pause(0.01)
@@ -104,10 +112,10 @@ async def test_life(xen: Path, vm: VMDirectory) -> None:
     for _ in range(2):
         await DRIVER.resume(vm)
         assert (await DRIVER.inspect(vm)).state is VMState.RUNNING
+    await until_said(vm, "hello\n")
     await DRIVER.reboot(vm, 10)
     assert await DRIVER.inspect(vm) == started, "the same process"
-    while vm.console_log.read_text() != "hello\nhello\n":  # each boot says it once
-        await pause(0.01)
+    await until_said(vm, "hello\nhello\n")
     await DRIVER.shutdown(vm)
     assert await until_ended(vm) == Observed(state=VMState.STOPPED)
     await start(vm)
