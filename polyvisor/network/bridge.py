@@ -32,6 +32,7 @@ from polyvisor.network.nat import (
     with_cards,
     with_forwards,
 )
+from polyvisor.network.networkd import leave_guests_alone
 from polyvisor.process import find_program, run, spawn_detached, which
 from polyvisor.spec.forward import Forward
 from polyvisor.waiting import pause
@@ -63,6 +64,7 @@ class Bridge:
         """
         async with self._locked():
             before = await self._load()
+            await leave_guests_alone()
             await self._become(with_cards(self._living(before, but=owner), cards), before)
 
     async def leave(self, owner: Path) -> None:

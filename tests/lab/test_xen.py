@@ -15,6 +15,7 @@ from polyvisor.errors import InvalidInput, Unsupported, WrongState
 from polyvisor.home import Home
 from polyvisor.host.api import HostApi
 from polyvisor.lab.lab import Lab
+from polyvisor.network.nat import NAT_CARDS, PRIVATE_CARDS
 from polyvisor.remote.host import RemoteHost
 from polyvisor.spec.vm import Hypervisor, Mode, Nic, VMSpec
 from polyvisor.ssh import execute
@@ -91,7 +92,8 @@ async def test_what_does_not_work_says_why_and_leaves_nothing(lab: Lab, xen: Hos
     assert "refused" not in await _on_host(lab, "xl list")
 
 
-async def test_guests_of_one_private_network_reach_each_other(xen: HostApi, xen_spec: VMSpec) -> None:
+async def test_guests_of_one_private_network_reach_each_other(lab: Lab, xen: HostApi, xen_spec: VMSpec) -> None:
+    """Also where the host's own network manager, as the lab's does, takes every Ethernet device for its own."""
     names = [f"{xen_spec.name}-{i}" for i in (1, 2)]
     nics = (Nic(), Nic(network="private:lan"))
     try:
@@ -100,6 +102,10 @@ async def test_guests_of_one_private_network_reach_each_other(xen: HostApi, xen_
             await xen.wait_for_ssh(name, timeout_s=BOOT_S)
             await guest(xen, name, f"ip address add 10.9.9.{i}/24 dev eth1; ip link set eth1 up")
         assert "1 packets received" in await guest(xen, names[0], "ping -c 1 -W 10 10.9.9.2")
+        links = [line.split() for line in (await _on_host(lab, "networkctl --no-legend list")).splitlines()]
+        cards = {name: setup for _, name, _, _, setup in links if name.startswith((NAT_CARDS, PRIVATE_CARDS))}
+        assert len(cards) == 2 * len(names)
+        assert set(cards.values()) == {"unmanaged"}
     finally:
         for name in names:
             if name in await xen.names():
