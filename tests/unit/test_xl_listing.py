@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.drivers.xen.listing import OURS, Told, parse_list, read_log
+from polyvisor.drivers.xen.listing import OURS, Told, parse_list, read_errors, read_log
 from polyvisor.errors import ProcessFailed
 from polyvisor.status import VMState
 
@@ -89,3 +89,32 @@ def test_why_a_domain_ended(lines: list[str], state: VMState, reason: str | None
     told = read_log("\n".join(["Waiting for domain x (domid 1) to die [pid 7]", *lines]))
     assert told.state is state
     assert (reason in (told.reason or "")) if reason else told.reason is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "no-bridge",
+            "/etc/xen/scripts/vif-bridge online [5228] exited with error status 1; script: Could not find bridge device nosuch",
+        ),
+        (
+            "no-kernel",
+            "failed to open file '/var/lib/polyvisor/images/store/27a1a6ab025c/nosuch': No such file or directory: "
+            "Internal error; xc_dom_kernel_file failed: No such file or directory",
+        ),
+        (
+            "no-memory",
+            "can't allocate low memory for domain: Out of memory; xc_dom_boot_mem_init failed: Cannot allocate memory",
+        ),
+    ],
+)
+def test_why_a_domain_could_not_be_made(name: str, said: str) -> None:
+    assert read_errors(captured(f"create-4.17-debian-{name}")) == said
+
+
+def test_other_words_of_a_failure_are_kept_whole() -> None:
+    assert read_errors("xl.cfg:3: config parsing error near `=': syntax error\n") == (
+        "xl.cfg:3: config parsing error near `=': syntax error"
+    )
+    assert read_errors("Parsing config from xl.cfg\n") is None

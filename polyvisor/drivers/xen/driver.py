@@ -18,7 +18,7 @@ from polyvisor.drivers.base import Boot, BootNic, Command, Observed
 from polyvisor.drivers.xen import xl
 from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config
 from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
-from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_log
+from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_errors, read_log
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
 from polyvisor.files import storage_errors, write_atomic
@@ -115,8 +115,8 @@ class XenDriver:
         deadline = time.monotonic() + START_S
         while _told(vm).boots == 0:
             if process.poll() is not None and _told(vm).boots == 0:
-                hint = f"polyvisor logs --hypervisor {vm.name} shows all of what xl said"
-                raise CannotStart(_last_words(vm) or "xl has ended without a word", hint=hint)
+                said = read_errors(_log_text(vm)) or "it ended without a word"
+                raise CannotStart(f"xl: {said}", hint="on that host, see also /var/log/xen")
             if time.monotonic() > deadline:
                 raise TimedOut(f"xl did not make the domain of VM '{vm.name}' within {START_S:.0f} s")
             await pause(_POLL_S)
@@ -344,9 +344,3 @@ def _is_xl(pid: int) -> bool:
 def _note(vm: VMDirectory, line: str) -> None:
     with contextlib.suppress(OSError), vm.log.open("ab") as log:
         log.write(f"{line}\n".encode())
-
-
-def _last_words(vm: VMDirectory) -> str | None:
-    """What xl said first of what went wrong: the errors after it are consequences."""
-    lines = [line.strip() for line in _log_text(vm).splitlines() if "error" in line.lower() or "failed" in line.lower()]
-    return lines[0] if lines else None

@@ -24,6 +24,8 @@ _BEGUN = re.compile(r"Waiting for domain \S+ \(domid (\d+)\) to die \[pid (\d+)\
 _SHUT_DOWN = re.compile(r"Domain \d+ has shut down, reason code (\d+) 0x[0-9a-f]+\Z")
 _DESTROYED = re.compile(r"Domain \d+ has been destroyed\.\Z")
 _GOING_ON = "Done. Rebooting now"
+# tools/libs/light/libxl_internal.c, libxl__logv, and tools/libs/ctrl/xc_private.c, xc_report_error: where in the source it was.
+_WHERE = re.compile(r"(?:libxl|xc): error: (?:panic: )?[\w.]+:\d+: ?(?:\w+: )?(?:Domain \d+:)?")
 OURS = "polyvisor: destroyed on request"
 
 # xen/include/public/sched.h, SHUTDOWN_*.
@@ -108,3 +110,9 @@ def read_log(text: str) -> Told:
         elif _DESTROYED.match(line) and state is None:
             state, reason = VMState.CRASHED, "its domain was destroyed by somebody else"
     return Told(domain=domain, pid=pid, boots=boots, state=state, reason=reason)
+
+
+def read_errors(text: str, most: int = 2) -> str | None:
+    """What xl says went wrong in a creation, at most the first `most` errors: the later ones are consequences."""
+    lines = [line.strip() for line in text.splitlines() if "error" in line.lower() or "failed" in line.lower()]
+    return "; ".join(dict.fromkeys(_WHERE.sub("", line) for line in lines[:most])) or None
