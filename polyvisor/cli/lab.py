@@ -29,6 +29,7 @@ def add_lab(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--shutdown", action="store_true", help="shut them down instead; the next up has to boot them")
     sub.set_defaults(action=_down)
     sub = verbs.add_parser("rm", help="delete the hosts and everything on them; their images stay")
+    sub.add_argument("names", nargs="*", metavar="HOST", help="these alone, such as lab-kvm1 or kvm1 (default: all)")
     sub.set_defaults(action=_rm)
 
 
@@ -113,15 +114,20 @@ def _ssh(context: Context, options: argparse.Namespace) -> int:
 
 
 def _down(context: Context, options: argparse.Namespace) -> int:
-    from polyvisor.lab.plan import parse_host
-
-    lab, wanted = _lab(context), [parse_host(name) for name in options.names] or None
+    lab, wanted = _lab(context), _named(options)
     _show(context, context.run(lab.down(wanted, shut_down=options.shutdown, progress=context.progress)))
     return 0
 
 
+def _named(options: argparse.Namespace) -> list[LabHost] | None:
+    """The hosts that the user names, or None; raises InvalidInput."""
+    from polyvisor.lab.plan import parse_host
+
+    return [parse_host(name) for name in options.names] or None
+
+
 def _rm(context: Context, options: argparse.Namespace) -> int:
-    removed = context.run(_lab(context).remove())
+    removed = context.run(_lab(context).remove(_named(options)))
     if context.json:
         context.print_json(removed)
     for name in removed:

@@ -39,7 +39,8 @@ class Image:
 
     `id` is derived from the content of the files. `disk` (always qcow2, `disk_size_mib` as the guest sees it)
     boots by the listed `firmware`; `kernel` and `initrd` with `cmdline` boot directly. `user` is whom to log in as over SSH.
-    `memory_mib` is what a VM gets that does not ask for an amount.
+    `memory_mib` is what a VM gets that does not ask for an amount. `recipe` tells an image that Polyvisor built from what the
+    present version would build instead (`debian.recipe`).
     """
 
     id: str
@@ -57,6 +58,7 @@ class Image:
     seed: Seed = Seed.NONE
     user: str | None = None
     memory_mib: int = 512
+    recipe: str | None = None
 
     @property
     def files(self) -> tuple[ImageFile, ...]:

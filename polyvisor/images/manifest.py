@@ -108,6 +108,7 @@ def _check_texts(image: Image) -> None:
         ("source", image.source, _MAX_TEXT),
         ("os", image.os or "", _MAX_TEXT),
         ("cmdline", image.cmdline, _MAX_CMDLINE),
+        ("recipe", image.recipe or "", _MAX_TEXT),
     ):
         if len(text) > longest or not text.isprintable():
             raise InvalidInput(key, text, f"is not a line of at most {longest} printable characters")

@@ -21,6 +21,9 @@ from polyvisor.host.api import SSHTarget
 from polyvisor.host.host import Host
 from polyvisor.host.keys import read_host_key
 from polyvisor.host.plan import choose_accelerator
+from polyvisor.images.debian import recipe
+from polyvisor.images.flavours import FLAVOURS
+from polyvisor.images.image import Image
 from polyvisor.lab.plan import (
     LABEL,
     SUITES,
@@ -45,6 +48,7 @@ BOOT_S = 900.0
 GUEST_IMAGE = "tiny"
 _SETTLE_S = 600.0
 _ANSWER_S = 60.0
+_OUTDATED = "made by another version of Polyvisor (polyvisor lab rm {0}, then lab up, makes it anew)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,14 @@ class Lab:
 
     async def status(self) -> list[LabStatus]:
         return [self._status(host, status) for host, status in await self.members()]
+
+    def outdated(self, host: LabHost) -> bool:
+        """Whether a host that is there was made by another version of Polyvisor, which may have lacked what it needs today."""
+        record = self.host.store.get(host.name).record
+        fresh = lab_spec(host, None, record.spec.vcpus, record.spec.memory_mib)
+        if replace(fresh, image=record.spec.image) != record.spec:
+            return True
+        return self._made_otherwise(self.host.images.store.by_id(record.image_id), host.kind)
 
     async def up(
         self,
@@ -133,11 +145,11 @@ class Lab:
         await _all(end(host, status) for host, status in alive)
         return await self.status()
 
-    async def remove(self) -> list[str]:
-        """Delete the hosts of the lab, with everything on them, and return their names; images stay."""
+    async def remove(self, wanted: Sequence[LabHost] | None = None) -> list[str]:
+        """Delete the hosts of the lab, or those `wanted`, with everything on them, and return their names; images stay."""
         removed = []
         async with self._alone():
-            for host, _ in await self.members():
+            for host in [host for host, _ in await self.members() if wanted is None or host in wanted]:
                 with contextlib.suppress(NotFound):
                     await self.host.remove(host.name, force=True)
                 self._forget(host)
@@ -171,8 +183,12 @@ class Lab:
 
     async def _image(self, kind: Kind, suite: str, progress: Progress) -> None:
         name = image_name(kind, suite)
-        if self.host.images.store.find(name) is None:
+        if (image := self.host.images.store.find(name)) is None or self._made_otherwise(image, kind):
             await self.host.image_build(f"lab-{kind}", progress, suite=suite, name=name)
+
+    def _made_otherwise(self, image: Image, kind: Kind) -> bool:
+        """Whether the present recipes would make another image of it."""
+        return image.recipe not in [recipe(FLAVOURS[f"lab-{kind}"], suite) for suite in SUITES]
 
     def _is_there(self, host: LabHost, settings: _Settings) -> bool:
         """Whether the VM of `host` is there; raises AlreadyExists where it has other settings, or the name is taken."""
@@ -276,7 +292,7 @@ class Lab:
             state=status.state,
             address=host.address,
             url=entry.url if entry and self._ours(entry) else None,
-            reason=status.reason,
+            reason=status.reason or (_OUTDATED.format(host.name) if self.outdated(host) else None),
             memory_mib=status.memory_mib,
             vcpus=status.vcpus,
         )

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.errors import PolyvisorError, TimedOut, Unavailable
+from polyvisor.errors import PolyvisorError, TimedOut, Unavailable, WrongState
 from polyvisor.home import Home
 from polyvisor.host.api import HostApi
 from polyvisor.host.host import Host
@@ -30,6 +30,7 @@ from polyvisor.images.image import Image
 from polyvisor.lab.lab import Lab
 from polyvisor.lab.plan import LabHost, parse_host
 from polyvisor.remote.host import RemoteHost
+from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import Mode
 from polyvisor.ssh import execute
 from tests.contract.conftest import booted, running, spec
@@ -93,7 +94,7 @@ def lab(cache: Path, tiny: Image, hosts: list[LabHost]) -> Iterator[Lab]:
             fd = os.open(made.host.home.locks / f"tests-{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             borrowed.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        if reason := _impossible(made) or asyncio.run(_up(made, hosts)):
+        if reason := _impossible(made) or asyncio.run(_up(made, hosts, Host(Home(cache / "home")))):
             if demand == "required":
                 pytest.fail(f"there is no lab: {reason}")
             pytest.skip(f"there is no lab: {reason}")
@@ -128,11 +129,22 @@ def _impossible(lab: Lab) -> str | None:
     return None
 
 
-async def _up(lab: Lab, hosts: list[LabHost]) -> str | None:
-    """Bring `hosts` up; returns why that failed for want of time or network, raises where the lab itself fails."""
+async def _up(lab: Lab, hosts: list[LabHost], tiny: HostApi) -> str | None:
+    """Bring `hosts` up; returns why that failed for want of time or network, raises where the lab itself fails.
+
+    A host that another version of the code has made is made anew: nothing but what tests have left is on it. Guests boot the
+    image that `tiny` has, which this version has built.
+    """
     try:
         async with asyncio.timeout(LIMIT_S):
+            await _remove_outdated(lab, hosts)
             await lab.up(hosts)
+            for host in hosts:
+                remote = RemoteHost(lab.hosts.get(host.name), lab.host.home)
+                try:
+                    await copy_image(tiny, "tiny", remote)
+                finally:
+                    await remote.close()
     except (TimeoutError, TimedOut):
         return f"it was not ready within {LIMIT_S // 60} minutes"
     except PolyvisorError as error:
@@ -140,6 +152,16 @@ async def _up(lab: Lab, hosts: list[LabHost]) -> str | None:
             return error.message
         raise
     return None
+
+
+async def _remove_outdated(lab: Lab, hosts: list[LabHost]) -> None:
+    there = [host for host, _ in await lab.members() if host in hosts]
+    if outdated := [host for host in there if lab.outdated(host)]:
+        images = {lab.host.store.get(host.name).record.image_id for host in outdated}
+        await lab.remove(outdated)
+        for image in images:
+            with contextlib.suppress(WrongState):  # other hosts, which other tests use now, still stand on it
+                await lab.host.image_remove(image)
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def add_full(store: ImageStore, directory: Path, name: str = "full") -> Image:
         seed=Seed.NOCLOUD,
         user="debian",
         memory_mib=768,
+        recipe="0123456789ab",
     )
     return _add(store, image, {"disk.qcow2": disk.read_bytes(), "vmlinuz": KERNEL, "initrd.img": INITRD})
 

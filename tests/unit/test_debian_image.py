@@ -6,6 +6,7 @@ import asyncio
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -400,3 +401,21 @@ async def test_one_build_of_a_suite_at_a_time(tmp_path: Path) -> None:
     await asyncio.gather(build(0), build(1))
     assert ended == [0, 1]
     assert steps == ["waiting for another build of this suite"]
+
+
+# --- recipe ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_stays_until_what_goes_into_the_image_changes() -> None:
+    kvm, xen = FLAVOURS["lab-kvm"], FLAVOURS["lab-xen"]
+    found = debian.recipe(xen, "bookworm")
+    assert debian.recipe(xen, "bookworm") == found, "each disk has other UUIDs, which must not count"
+    others = {
+        debian.recipe(xen, "trixie"),
+        debian.recipe(kvm, "bookworm"),
+        debian.recipe(replace(xen, packages=(*xen.packages, "htop")), "bookworm"),
+        debian.recipe(replace(xen, xen="dom0_mem=1024M"), "bookworm"),
+        debian.recipe(replace(xen, data=xen.data[:-1]), "bookworm"),
+    }
+    assert len(others | {found}) == 6
+    assert debian.recipe(replace(xen, memory_mib=1, size_gib=9, about="new"), "bookworm") == found, "these are settings"

@@ -16,11 +16,15 @@ from polyvisor.cli.main import run
 from polyvisor.errors import AlreadyExists, StorageFull, TimedOut
 from polyvisor.home import Home
 from polyvisor.host.host import Host
+from polyvisor.images.debian import recipe
+from polyvisor.images.flavours import FLAVOURS
+from polyvisor.images.image import Image, ImageFile, Seed
 from polyvisor.lab.lab import Lab
 from polyvisor.lab.plan import LABEL, Kind, lab_hosts, lab_spec
 from polyvisor.remote.address import Entry
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import VMState, VMStatus
+from tests.unit.disks import qemu_img
 
 [KVM1] = lab_hosts(1, 0)
 TESTS = Path(__file__).parents[1]
@@ -91,6 +95,68 @@ async def test_a_host_whose_vm_was_removed_by_other_means_is_made_ready_anew(
         await lab.up([KVM1])
     assert [spec.name for spec in asked] == ["lab-kvm1"]
     assert lab.hosts.find("lab-kvm1") is None
+
+
+@pytest.fixture
+def bare(empty_home: Home, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """A lab with an image store of its own."""
+    monkeypatch.setenv("POLYVISOR_HOME", str(empty_home.path))
+    monkeypatch.delenv("POLYVISOR_HOST", raising=False)
+    return Lab(Host(empty_home))
+
+
+async def test_a_host_made_by_another_recipe_is_shown_as_such(bare: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    today = recipe(FLAVOURS["lab-kvm"], "bookworm")
+    for number, (of, outdated) in enumerate([(today, False), ("0123456789ab", True), (None, True)], 1):
+        host = dataclasses.replace(KVM1, number=number)
+        image = await _image(bare, f"recipe-{number}", of)
+        spec = dataclasses.replace(lab_spec(host, None, 2, None), image=image.name)
+        await bare.host.create(spec)
+        assert bare.outdated(host) is outdated
+        [shown] = [each for each in await bare.status() if each.name == host.name]
+        assert ("lab rm lab-kvm" in (shown.reason or "")) is outdated
+    await bare.remove([KVM1])
+    assert [host.number for host, _ in await bare.members()] == [2, 3]
+    assert await asyncio.to_thread(run, ["lab", "rm", "kvm3"]) == 0
+    assert "lab-kvm3 is removed" in capsys.readouterr().out
+    assert [host.number for host, _ in await bare.members()] == [2]
+
+
+async def test_a_host_with_other_user_data_is_outdated(bare: Lab) -> None:
+    image = await _image(bare, "recipe-1", recipe(FLAVOURS["lab-kvm"], "trixie"))
+    spec = dataclasses.replace(lab_spec(KVM1, None, 2, None), image=image.name, user_data="#cloud-config\n{}\n")
+    await bare.host.create(spec)
+    assert bare.outdated(KVM1)
+
+
+async def test_new_hosts_are_made_by_todays_recipe(bare: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    async def build(kind: str, progress: object, *, suite: str, name: str) -> None:
+        built.append(name)
+        await _image(bare, name, recipe(FLAVOURS[kind], suite))
+
+    async def run(spec: VMSpec, progress: object) -> None:
+        raise StorageFull("no space")
+
+    monkeypatch.setattr(bare.host, "image_build", build)
+    monkeypatch.setattr(bare.host, "run", run)
+    await _image(bare, "lab-kvm", "0123456789ab")
+    for _ in range(2):
+        with pytest.raises(StorageFull):
+            await bare.up([KVM1])
+    assert built == ["lab-kvm"], "once: the image of today is kept"
+
+
+async def _image(lab: Lab, name: str, by: str | None) -> Image:
+    """An image that a lab host could stand on, made by recipe `by`."""
+    store = lab.host.images.store
+    with store.staging() as staging:
+        qemu_img("create", "-f", "qcow2", staging / "disk.qcow2", "1M")
+        disk = ImageFile(name="disk.qcow2", sha256="", size=0)
+        described = Image(id="", name=name, created_at=0.0, source="test", disk=disk, disk_size_mib=1)
+        boots = dataclasses.replace(described, firmware=("bios",), seed=Seed.NOCLOUD, recipe=by)
+        return await asyncio.to_thread(store.add, staging, boots)
 
 
 async def test_members_are_the_vms_with_the_label(lab: Lab) -> None:
