@@ -66,9 +66,11 @@ async def run(
     timeout_s: float | None = None,
     check: bool = True,
     on_output: Callable[[bytes], None] | None = None,
+    umask: int = -1,
 ) -> Completed:
     """Run `argv` to its end in the C locale; `on_output` gets each piece of its stdout as it is written.
 
+    Files that it makes have the permissions that `umask` leaves them, or by default our own.
     Raises ProcessFailed where it fails (unless `check` is false) or is not there, TimedOut after `timeout_s` seconds.
     Whoever cancels the caller ends the program too.
     """
@@ -83,6 +85,7 @@ async def run(
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
+                umask=umask,
             )
         )
     except OSError as error:

@@ -124,6 +124,56 @@ class Check:
     remedy: str | None = None
 
 
+class HostKind(StrEnum):
+    """What a machine can be made, beside what it is."""
+
+    KVM = "kvm"
+    XEN = "xen"
+
+
+class StepState(StrEnum):
+    """A step of making a machine a host: done already, to be done by Polyvisor, by a person, or out of reach here."""
+
+    DONE = "done"
+    TODO = "to do"
+    BY_HAND = "by hand"
+    BLOCKED = "blocked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileChange:
+    """A file that shall have `content`, or, where that is None, shall not be there."""
+
+    path: str
+    content: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupStep:
+    """One step: what was `found`, `why` it matters, the exact change: files are written first, then the commands run."""
+
+    name: str
+    state: StepState
+    found: str
+    why: str = ""
+    files: tuple[FileChange, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+    reboot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What makes a machine, which runs `system`, a host that runs `kind`; `notes` are what a person should know of it."""
+
+    kind: HostKind
+    system: str
+    steps: tuple[SetupStep, ...]
+    notes: tuple[str, ...] = ()
+
+    def in_state(self, *states: StepState) -> tuple[SetupStep, ...]:
+        return tuple(step for step in self.steps if step.state in states)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """A change of a VM, observed at `at` (seconds since the epoch)."""

@@ -96,7 +96,7 @@ class Context:
             return text
         from polyvisor.cli.main import VERBS
 
-        verbs = "|".join(verb for verb in VERBS if verb not in ("host", "completion"))
+        verbs = "|".join(["host prepare", *(verb for verb in VERBS if verb not in ("host", "completion"))])
         return re.sub(rf"\bpolyvisor (?=(--debug )?({verbs})\b)", lambda _: f"polyvisor --host {self.on_host} ", text)
 
     def print_json(self, value: object) -> None:

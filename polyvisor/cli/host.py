@@ -41,6 +41,9 @@ def add_host(parser: argparse.ArgumentParser) -> None:
         sub = verbs.add_parser(verb, help=about)
         sub.add_argument("name", metavar="HOST", nargs="?", help="by default this machine")
         sub.set_defaults(action=_host if verb == "show" else _doctor)
+    from polyvisor.cli.prepare import add_prepare
+
+    add_prepare(verbs.add_parser("prepare", help="make a machine a KVM or a Xen host: tell how, and do it with --yes"))
     sub = verbs.add_parser("rm", help="forget hosts; nothing is changed there")
     sub.add_argument("names", nargs="+", metavar="HOST")
     sub.set_defaults(action=_rm)

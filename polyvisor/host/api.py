@@ -15,11 +15,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from polyvisor.host.setup.wish import Wish
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, Saved, VMStatus
+from polyvisor.status import Check, Event, HostStatus, Saved, Setup, VMStatus
 from polyvisor.values import dataclass
 
 STOP_TIMEOUT_S = 60.0
@@ -81,6 +82,13 @@ class HostApi(Protocol):
 
     async def check(self) -> list[Check]:
         """What works here, and what is missing, with the command that mends it."""
+
+    async def prepare_host(self, wish: Wish, progress: Progress = silent, *, act: bool = False) -> Setup:
+        """What makes this machine a KVM or a Xen host, step by step, and how far that is; raises InvalidInput.
+
+        With `act` it is done, but for what is to be done by hand, as the reboot. Then it raises Unsupported where it can't be
+        done here, NotPermitted without root, ProcessFailed.
+        """
 
     async def close(self) -> None:
         """Let go of what is held open (a connection, say); the next verb takes it up again."""

@@ -12,7 +12,6 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
 from polyvisor.host.record import Launch, Record, boot_id, new_id
+from polyvisor.host.setup.wish import Wish
 from polyvisor.host.store import VMDirectory, VMStore
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, VMState, VMStatus
+from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, Setup, VMState, VMStatus
 from polyvisor.waiting import event_loop, pause
 
 _POLL_S = 0.1
@@ -60,6 +60,11 @@ class Host:
         from polyvisor.host.doctor import check_host
 
         return await check_host(self.home)
+
+    async def prepare_host(self, wish: Wish, progress: Progress = silent, *, act: bool = False) -> Setup:
+        from polyvisor.host.setup.apply import prepare
+
+        return await prepare(wish, progress, act=act)
 
     async def close(self) -> None:
         """Nothing is held open."""
@@ -352,7 +357,9 @@ class Host:
         record, launch = vm.record, vm.launch()
         alive = observed.state.alive
         if observed.state is not VMState.RUNNING:
-            observed = _with_saved(vm, observed)
+            from polyvisor.host.observed import with_saved
+
+            observed = with_saved(vm, observed)
         return VMStatus(
             name=vm.name,
             id=record.id,
@@ -483,16 +490,3 @@ class Host:
             from polyvisor.host.saved import still_restoring
 
             raise still_restoring(vm)
-
-
-def _with_saved(vm: VMDirectory, observed: Observed) -> Observed:
-    """What was `observed` of a VM that does not run, and what its directory says of its memory."""
-    if not observed.state.alive:
-        return Observed(state=VMState.SAVED) if vm.is_saved() else observed
-    if vm.is_saved() and vm.is_restoring():
-        reason = f"its memory is being read; if that was cut off: polyvisor start {vm.name}"
-        return replace(observed, state=VMState.PAUSED, reason=reason)
-    if observed.state is VMState.PAUSED and vm.is_saving():
-        reason = f"its memory is being saved; if that was cut off: polyvisor resume {vm.name}, or save again"
-        return replace(observed, reason=reason)
-    return observed

@@ -32,6 +32,7 @@ from polyvisor.errors import (
 from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
+from polyvisor.host.setup.wish import Wish
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import run
@@ -43,7 +44,7 @@ from polyvisor.remote.wire import LOOKS, Access, decode
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, VMStatus
+from polyvisor.status import Check, Event, HostStatus, Setup, VMStatus
 
 T = TypeVar("T")
 
@@ -189,6 +190,9 @@ class RemoteHost:
 
     async def check(self) -> list[Check]:
         return await self._call(list[Check], "check")
+
+    async def prepare_host(self, wish: Wish, progress: Progress = silent, *, act: bool = False) -> Setup:
+        return await self._call(Setup, "prepare_host", progress, wish=wish, act=act)
 
     # VMs
 

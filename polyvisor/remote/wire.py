@@ -55,6 +55,7 @@ REPEATABLE = (
     "image_import",
     "image_pull",
     "add_forward",
+    "prepare_host",
 )
 
 

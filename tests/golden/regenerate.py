@@ -4,19 +4,20 @@ from polyvisor.drivers.xen.config import build_config
 from polyvisor.network.nat import build_rules
 from tests.golden.boots import BOOTS, DIRECTORY, golden, rendered
 from tests.golden.networks import NETWORKS, NETWORKS_DIRECTORY, network_golden
+from tests.golden.setup_plans import PLANS, SETUP_DIRECTORY, shown
 from tests.golden.xl_boots import VM_DIRECTORY, XL_BOOTS, XL_DIRECTORY, xl_golden
 
-for stale in set(DIRECTORY.glob("*.argv")) - {golden(name) for name in BOOTS}:
-    stale.unlink()
-for stale in set(XL_DIRECTORY.glob("*.cfg")) - {xl_golden(name) for name in XL_BOOTS}:
-    stale.unlink()
-for stale in set(NETWORKS_DIRECTORY.glob("*.nft")) - {network_golden(name) for name in NETWORKS}:
-    stale.unlink()
-for name, boot in BOOTS.items():
-    golden(name).write_text(rendered(boot))
-for name, boot in XL_BOOTS.items():
-    xl_golden(name).write_text(build_config(boot, VM_DIRECTORY))
-for name, network in NETWORKS.items():
-    network_golden(name).write_text(build_rules(network))
-print(f"{len(BOOTS)} files in {DIRECTORY}, {len(XL_BOOTS)} in {XL_DIRECTORY}, {len(NETWORKS)} in {NETWORKS_DIRECTORY}")
-print("look at what has changed with git diff")
+WANTED = {
+    **{golden(name): rendered(boot) for name, boot in BOOTS.items()},
+    **{xl_golden(name): build_config(boot, VM_DIRECTORY) for name, boot in XL_BOOTS.items()},
+    **{network_golden(name): build_rules(network) for name, network in NETWORKS.items()},
+    **{SETUP_DIRECTORY / f"{name}.txt": shown(name) for name in PLANS},
+}
+
+for directory, ending in ((DIRECTORY, "argv"), (XL_DIRECTORY, "cfg"), (NETWORKS_DIRECTORY, "nft"), (SETUP_DIRECTORY, "txt")):
+    directory.mkdir(exist_ok=True)
+    for stale in set(directory.glob(f"*.{ending}")) - set(WANTED):
+        stale.unlink()
+for path, text in WANTED.items():
+    path.write_text(text)
+print(f"{len(WANTED)} files in {DIRECTORY} and below: look at what has changed with git diff")

@@ -20,6 +20,7 @@ class XenInfo:
     version: str
     virt_caps: tuple[str, ...]
     capabilities: tuple[str, ...]
+    cpus: int
     total_memory_mib: int
     free_memory_mib: int
     command_line: str
@@ -64,6 +65,7 @@ def parse_info(text: str) -> XenInfo:
             version=f"{values['xen_major']}.{values['xen_minor']}{values['xen_extra']}",
             virt_caps=_words(values.get("virt_caps", "")),
             capabilities=_words(values["xen_caps"]),
+            cpus=int(values["nr_cpus"]),
             total_memory_mib=int(values["total_memory"]),
             free_memory_mib=int(values["free_memory"]),
             command_line=values.get("xen_commandline", ""),
