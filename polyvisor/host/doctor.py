@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.drivers.qemu.kvm import check_kvm
@@ -31,7 +32,8 @@ async def check_host(home: Home) -> list[Check]:
     return [
         _python(),
         await _qemu(home),
-        check_kvm(),
+        _kvm(),
+        *_xen(),
         *(_program(*row) for row in _PROGRAMS),
         _checked("uefi", lambda: str(find_uefi()[0]), install_command("ovmf"), "booting by UEFI"),
         _home(home),
@@ -43,12 +45,40 @@ def _python() -> Check:
     return Check(name="python", result=CheckResult.OK, detail=f"{sys.executable}, version {platform.python_version()}")
 
 
+def _kvm() -> Check:
+    """Whether KVM works; where the CPU could and it does not, what sets it up."""
+    check = check_kvm()
+    if check.result is CheckResult.OK or "modprobe" not in (check.remedy or ""):
+        return check
+    return replace(check, remedy=f"{check.remedy}; or for all at once: polyvisor host prepare kvm")
+
+
 async def _qemu(home: Home) -> Check:
     try:
         qemu = await find_qemu(home.cache)
     except PolyvisorError as error:
-        return Check(name="qemu", result=CheckResult.MISSING, detail=error.message, remedy=error.hint)
+        remedy = f"{error.hint}; or with all else that a host needs: polyvisor host prepare kvm"
+        return Check(name="qemu", result=CheckResult.MISSING, detail=error.message, remedy=remedy)
     return Check(name="qemu", result=CheckResult.OK, detail=f"{qemu.binary}, version {qemu.version}")
+
+
+def _xen() -> list[Check]:
+    """On a machine that runs Xen, whether what is needed to use it is there; nothing elsewhere."""
+    if "control_d" not in _capabilities():
+        return []
+    return [
+        _checked(
+            "xen", lambda: find_program("xl", package="xen-system-amd64"), "polyvisor host prepare xen", "VMs on Xen"
+        )
+    ]
+
+
+def _capabilities() -> str:
+    """What Xen lets this system do: `control_d` for its dom0; nothing where there is no Xen."""
+    try:
+        return Path("/proc/xen/capabilities").read_text()
+    except OSError:
+        return ""
 
 
 def _program(program: str, package: str, purpose: str) -> Check:

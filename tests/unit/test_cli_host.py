@@ -1,8 +1,10 @@
 """Hosts on the command line: adding, listing and forgetting them, and doing a verb on one."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from polyvisor.cli.context import Context
 from polyvisor.cli.main import parse, run
 from polyvisor.home import Home
 from polyvisor.host.host import Host
+from polyvisor.host.setup import apply
+from polyvisor.host.setup.facts import Facts
 from polyvisor.remote.address import Hosts
 from polyvisor.remote.host import RemoteHost
+from polyvisor.status import SetupStep
 from tests.sshd import Server, free_port, serving
+from tests.unit.setups import facts
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +304,124 @@ class TestOnHost:
         options = parse(["exec", "--host", "lab", "a", "--", "prog", "--host", "x"])
         assert options.on_host == "lab"
         assert [*options.command, *options.remainder] == ["prog", "--host", "x"]
+
+
+class TestPrepare:
+    """What is printed and asked; what is done is tested on made-up machines (test_setup_apply.py)."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Facts], list[SetupStep]]]:
+        """Makes this machine another one; the steps that would be carried out are noted in place of that."""
+        done: list[SetupStep] = []
+        now = [facts()]
+
+        def become(other: Facts) -> list[SetupStep]:
+            now[0] = other
+            return done
+
+        async def gather(root: Path) -> Facts:
+            return now[0]
+
+        async def carry_out(step: SetupStep, *_: object) -> None:
+            done.append(step)
+            if step.name == "packages":
+                now[0] = replace(now[0], installed=frozenset(step.commands[-1]) | now[0].installed)
+
+        monkeypatch.setattr(apply, "gather", gather)
+        monkeypatch.setattr(apply, "carry_out", carry_out)
+        monkeypatch.setattr(apply, "_LOCK", "dev/null")
+        monkeypatch.setattr("os.geteuid", lambda: 0)
+        yield become
+
+    def test_it_tells_and_changes_nothing(self, machine: Callable[[Facts], list[SetupStep]], capsys: Capture) -> None:
+        done = machine(facts())
+        assert run(["host", "prepare", "xen"]) == 1
+        out, err = capsys.readouterr()
+        assert "write /etc/default/grub.d/polyvisor.cfg" in out
+        assert "polyvisor host prepare xen --yes" in err
+        assert run(["host", "prepare", "xen", "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["steps"][1]["state"] == "to do"
+        assert done == []
+
+    def test_it_does_it_with_yes(self, machine: Callable[[Facts], list[SetupStep]], capsys: Capture) -> None:
+        done = machine(facts())
+        assert run(["host", "prepare", "kvm", "--yes"]) == 0
+        assert [step.name for step in done] == ["packages"]
+        assert run(["host", "prepare"]) == 0, "nothing is left to do"
+        assert run(["host", "prepare", "--yes", "--json"]) == 0
+        assert [step.name for step in done] == ["packages"]
+
+    @pytest.mark.parametrize(("answer", "status", "steps"), [("y\n", 0, 1), ("\n", 1, 0), ("no\n", 1, 0), ("", 1, 0)])
+    def test_it_asks_on_a_terminal(
+        self,
+        answer: str,
+        status: int,
+        steps: int,
+        machine: Callable[[Facts], list[SetupStep]],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Capture,
+    ) -> None:
+        done = machine(facts())
+        terminal = io.StringIO(answer)
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr("sys.stdin", terminal)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        assert run(["host", "prepare", "kvm"]) == status
+        out, err = capsys.readouterr()
+        assert "to do    packages" in out
+        assert "[y/N]" in err
+        assert ("nothing was changed" in err) is (steps == 0)
+        assert len(done) == steps
+
+    def test_without_root_it_tells_all_the_same(
+        self, machine: Callable[[Facts], list[SetupStep]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    ) -> None:
+        done = machine(facts())
+        monkeypatch.setattr("os.geteuid", lambda: 1000)
+        assert run(["host", "prepare", "kvm"]) == 1
+        capsys.readouterr()
+        assert run(["host", "prepare", "kvm", "--yes"]) == 7
+        out, err = capsys.readouterr()
+        assert "to do    packages" in out
+        assert "root's rights (run it as root" in err
+        assert done == []
+
+    def test_what_is_out_of_reach(self, machine: Callable[[Facts], list[SetupStep]], capsys: Capture) -> None:
+        done = machine(facts("arch"))
+        assert run(["host", "prepare", "xen"]) == 1
+        assert "BLOCKED  machine" in capsys.readouterr().out
+        assert run(["host", "prepare", "xen", "--yes"]) == 8
+        assert "nothing was changed: Arch Linux is not a system that Polyvisor knows" in capsys.readouterr().err
+        assert done == []
+
+    def test_what_is_all_by_hand_is_never_called_done(
+        self, machine: Callable[[Facts], list[SetupStep]], capsys: Capture
+    ) -> None:
+        done = machine(facts("leap-15.6"))
+        assert run(["host", "prepare", "xen", "--yes"]) == 1
+        assert "untested: Polyvisor was never run on openSUSE Leap 15" in capsys.readouterr().out
+        assert done == []
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["hyperv"], "KIND"),
+            (["xen", "--dom0-memory", "lots"], "dom0-memory: 'lots'"),
+            (["xen", "--dom0-vcpus", "-1"], "dom0-vcpus"),
+            (["xen", "--dom0-vcpus", "two"], "dom0-vcpus: 'two'"),
+            (["kvm", "--dom0-memory", "2G"], "KVM has no dom0"),
+        ],
+    )
+    def test_what_can_not_be_meant(
+        self, words: list[str], says: str, machine: Callable[[Facts], list[SetupStep]], capsys: Capture
+    ) -> None:
+        machine(facts())
+        assert run(["host", "prepare", *words]) == 2
+        assert says in capsys.readouterr().err
+
+    def test_on_another_machine(self, lab: str, capsys: Capture) -> None:
+        """Whatever that is: it answers with a plan of its own."""
+        assert run(["--host", "lab", "host", "prepare", "xen", "--json"]) in (0, 1)
+        setup = json.loads(capsys.readouterr().out)
+        assert setup["kind"] == "xen"
+        assert setup["steps"][0]["name"] == "machine"

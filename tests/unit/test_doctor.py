@@ -43,6 +43,7 @@ async def test_a_machine_with_nothing(home: Home, tmp_path: Path, monkeypatch: p
     found = await checks(home)
     assert found["qemu"].result is CheckResult.MISSING
     assert "apt-get install qemu-system-x86" in (found["qemu"].remedy or "")
+    assert "polyvisor host prepare kvm" in (found["qemu"].remedy or "")
     for name, package in (
         ("qemu-img", "qemu-utils"),
         ("ssh", "openssh-client"),
@@ -54,6 +55,26 @@ async def test_a_machine_with_nothing(home: Home, tmp_path: Path, monkeypatch: p
         assert found[name].result is CheckResult.WARNING
         assert f"apt-get install {package}" in (found[name].remedy or "")
     assert found["python"].result is CheckResult.OK
+
+
+async def test_a_xen_host_without_its_tools(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "xen" not in await checks(home) or Path("/proc/xen/capabilities").exists()
+    monkeypatch.setattr(doctor, "_capabilities", lambda: "control_d\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(process.find_program, "__kwdefaults__", {"also": ()})
+    found = (await checks(home))["xen"]
+    assert (found.result, found.remedy) == (CheckResult.WARNING, "polyvisor host prepare xen")
+
+
+@pytest.mark.parametrize(
+    ("remedy", "points"), [("run: sudo modprobe kvm_amd", True), ("switch it on in the BIOS", False), (None, False)]
+)
+async def test_kvm_that_could_be_set_up(
+    home: Home, monkeypatch: pytest.MonkeyPatch, remedy: str | None, points: bool
+) -> None:
+    check = Check(name="kvm", result=CheckResult.WARNING, detail="d", remedy=remedy)
+    monkeypatch.setattr(doctor, "check_kvm", lambda: check)
+    assert ("polyvisor host prepare kvm" in ((await checks(home))["kvm"].remedy or "")) is points
 
 
 async def test_a_home_that_others_cant_pass(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
