@@ -65,7 +65,7 @@ labels: {tier: web}
 
 STATUSES = {
     0: "success",
-    1: "failure; `doctor`: something is missing that every VM needs",
+    1: "failure; `doctor`: something is missing that every VM needs; `host prepare`: something is left to do",
     2: "wrong input or usage",
     3: "not found",
     4: "already exists",

@@ -47,6 +47,10 @@ def _python() -> Check:
 
 def _kvm() -> Check:
     """Whether KVM works; where the CPU could and it does not, what sets it up."""
+    if _is_dom0():
+        return Check(
+            name="kvm", result=CheckResult.WARNING, detail="this machine runs Xen, under which there is no KVM"
+        )
     check = check_kvm()
     if check.result is CheckResult.OK or "modprobe" not in (check.remedy or ""):
         return check
@@ -57,6 +61,8 @@ async def _qemu(home: Home) -> Check:
     try:
         qemu = await find_qemu(home.cache)
     except PolyvisorError as error:
+        if _is_dom0():  # whose VMs run without it
+            return Check(name="qemu", result=CheckResult.WARNING, detail=error.message, remedy=error.hint)
         remedy = f"{error.hint}; or with all else that a host needs: polyvisor host prepare kvm"
         return Check(name="qemu", result=CheckResult.MISSING, detail=error.message, remedy=remedy)
     return Check(name="qemu", result=CheckResult.OK, detail=f"{qemu.binary}, version {qemu.version}")
@@ -64,7 +70,7 @@ async def _qemu(home: Home) -> Check:
 
 def _xen() -> list[Check]:
     """On a machine that runs Xen, whether what is needed to use it is there; nothing elsewhere."""
-    if "control_d" not in _capabilities():
+    if not _is_dom0():
         return []
     return [
         _checked(
@@ -73,12 +79,12 @@ def _xen() -> list[Check]:
     ]
 
 
-def _capabilities() -> str:
-    """What Xen lets this system do: `control_d` for its dom0; nothing where there is no Xen."""
+def _is_dom0() -> bool:
+    """Whether this system is the dom0 of a Xen."""
     try:
-        return Path("/proc/xen/capabilities").read_text()
+        return "control_d" in Path("/proc/xen/capabilities").read_text()
     except OSError:
-        return ""
+        return False
 
 
 def _program(program: str, package: str, purpose: str) -> Check:

@@ -59,11 +59,14 @@ async def test_a_machine_with_nothing(home: Home, tmp_path: Path, monkeypatch: p
 
 async def test_a_xen_host_without_its_tools(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "xen" not in await checks(home) or Path("/proc/xen/capabilities").exists()
-    monkeypatch.setattr(doctor, "_capabilities", lambda: "control_d\n")
+    monkeypatch.setattr(doctor, "_is_dom0", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(process.find_program, "__kwdefaults__", {"also": ()})
-    found = (await checks(home))["xen"]
-    assert (found.result, found.remedy) == (CheckResult.WARNING, "polyvisor host prepare xen")
+    found = await checks(home)
+    assert (found["xen"].result, found["xen"].remedy) == (CheckResult.WARNING, "polyvisor host prepare xen")
+    for name in ("qemu", "kvm"):
+        assert found[name].result is CheckResult.WARNING, "its VMs need neither"
+        assert "host prepare kvm" not in (found[name].remedy or "")
 
 
 @pytest.mark.parametrize(

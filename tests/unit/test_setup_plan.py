@@ -115,6 +115,13 @@ class TestXen:
         assert states(other)["boot"] is StepState.TODO
         assert "dom0_mem=3072M,max:3072M dom0_max_vcpus=3" in (step(other, "settings").files[0].content or "")
 
+    def test_settings_that_change_make_a_new_menu(self) -> None:
+        done = prepared()
+        assert done.grub is not None
+        older = replace(done, grub=replace(done.grub, drop_in=f"{done.grub.drop_in}# older\n"))
+        assert states(plan(older, XEN))["settings"] is StepState.TODO
+        assert states(plan(older, XEN))["boot"] is StepState.TODO
+
     def test_the_menu_is_kept_before_anything_makes_a_new_one(self) -> None:
         names = [s.name for s in plan(facts(), XEN).steps]
         assert names.index("settings") < names.index("packages") < names.index("boot") < names.index("reboot")

@@ -145,10 +145,11 @@ def _xen(facts: Facts, wish: Wish, release: Release) -> tuple[SetupStep, ...]:
     settings = xen.settings_step(found, memory_mib, vcpus, wish.dom0_memory_mib or wish.dom0_vcpus)
     kernel = () if facts.dom0_kernel or release.kernel is None else (release.kernel,)
     wanted = xen.wanted_words(found, memory_mib, vcpus)
+    booted = set((grub.xen_command_line(found.default or "") or "").split())
     steps = (
         settings,
         _packages(facts, (*release.xen, *kernel)),
-        _boot(found.boots_xen() and wanted <= set((grub.xen_command_line(found.default or "") or "").split()), "Xen"),
+        _boot(settings, found.boots_xen() and wanted <= booted, "Xen"),
         *xen.daemon_steps(facts),
     )
     # No program of Xen's is put beside settings that would boot it otherwise.
@@ -210,8 +211,8 @@ def _alternative(facts: Facts, entry: str) -> str:
     return (there or names)[0]
 
 
-def _boot(right: bool, what: str) -> SetupStep:
-    if right:
+def _boot(settings: SetupStep, right: bool, what: str) -> SetupStep:
+    if right and settings.state is StepState.DONE:
         return SetupStep(name="boot", state=StepState.DONE, found=f"GRUB boots {what} by default, with these settings")
     return SetupStep(
         name="boot",
@@ -249,6 +250,6 @@ def _without_xen(facts: Facts) -> tuple[SetupStep, ...]:
     """Linux is booted without Xen; its packages stay, and so do their entries in GRUB's menu."""
     found = facts.grub or Grub()
     settings = xen.linux_settings_step(found, "xen-hypervisor-common" in facts.installed)
-    boot = _boot(not found.boots_xen(), "Linux without Xen")
+    boot = _boot(settings, not found.boots_xen(), "Linux without Xen")
     running = "this system is Xen's dom0" if facts.xen is not None else "Xen does not run"
     return (settings, boot, _reboot(facts.xen is None, running, "boot Linux without Xen"))
