@@ -13,7 +13,7 @@ from polyvisor.errors import InvalidInput
 from polyvisor.host.setup import elsewhere, grub, xen
 from polyvisor.host.setup.facts import MODULES_FILE, Facts
 from polyvisor.host.setup.grub import Grub
-from polyvisor.host.setup.systems import Family, Release
+from polyvisor.host.setup.systems import RELEASES, Family, Release
 from polyvisor.host.setup.wish import Wish
 from polyvisor.status import FileChange, HostKind, Setup, SetupStep, StepState
 
@@ -71,7 +71,7 @@ def _notes(facts: Facts, wish: Wish) -> Iterator[str]:
     if release.family is not Family.DEBIAN:
         yield f"untested: Polyvisor was never run on {release.name}; the steps are from its documentation, and all by hand"
     elif wish.kind not in release.tried:
-        yield f"untested: this was never run on {release.name}, which is set up as Debian 12 is"
+        yield f"untested: a {wish.kind} host was never made of {release.name} in this way; only a xen host, of Debian 12"
     if release.note:
         yield release.note
     if wish.kind is HostKind.XEN and not wish.undo:
@@ -103,9 +103,8 @@ def _machine(facts: Facts, wish: Wish, release: Release | None) -> SetupStep:
 def _obstacle(facts: Facts, wish: Wish, release: Release | None) -> str | None:
     """Why nothing is done here; None where something can be."""
     if release is None:
-        return (
-            f"{facts.system.name} is not a system that Polyvisor knows; it changes nothing here (known: docs/guide.md)"
-        )
+        known = ", ".join(known.name for known in RELEASES)
+        return f"{facts.system.name} is not a system that Polyvisor knows; it changes nothing here (known: {known})"
     if facts.architecture != "x86_64":
         return f"hosts are x86_64, and this is {facts.architecture}"
     if facts.container:

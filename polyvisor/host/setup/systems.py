@@ -26,7 +26,7 @@ class Release:
     """A release of a system. `kvm` and `xen` are the packages of a host that runs it, empty where it ships none.
 
     `no_xen` says why there is no Xen. `kernel` is a package with a kernel that can be Xen's dom0, where others can't.
-    `versions` is matched against the whole of VERSION_ID. `tried` says whether Polyvisor was tried on it as each kind of host.
+    `versions` is matched against the whole of VERSION_ID. `tried` are the kinds of host that one was really made of it.
     """
 
     name: str
@@ -70,7 +70,7 @@ RELEASES = (
         xen=("python3", *_DEBIAN_XEN),
         xen_version="4.17",
         kernel="linux-image-amd64",
-        tried=("kvm", "xen"),
+        tried=("xen",),
     ),
     Release(
         name="Debian 13",
