@@ -14,7 +14,12 @@ WANTED = {
     **{SETUP_DIRECTORY / f"{name}.txt": shown(name) for name in PLANS},
 }
 
-for directory, ending in ((DIRECTORY, "argv"), (XL_DIRECTORY, "cfg"), (NETWORKS_DIRECTORY, "nft"), (SETUP_DIRECTORY, "txt")):
+for directory, ending in (
+    (DIRECTORY, "argv"),
+    (XL_DIRECTORY, "cfg"),
+    (NETWORKS_DIRECTORY, "nft"),
+    (SETUP_DIRECTORY, "txt"),
+):
     directory.mkdir(exist_ok=True)
     for stale in set(directory.glob(f"*.{ending}")) - set(WANTED):
         stale.unlink()
