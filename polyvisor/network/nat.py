@@ -3,7 +3,7 @@
 A hypervisor that runs guests as processes gives each a network of its own (slirp). Xen's guests have devices on the host
 instead, which need a bridge. Guests on it are as apart as with slirp: they reach the outside through the host's address (NAT),
 are reached through forwarded ports alone, and neither reach each other nor the host, but for DHCP, DNS and ping. A frame
-passes only where it comes from the device, with the MAC and the address, that the guest was given. A private network is a
+passes only where it comes from a device, with the MAC of that and an address, that the guest was given. A private network is a
 bridge of its own with none of this. See docs/design/nat.md.
 """
 
@@ -161,7 +161,13 @@ def build_rules(state: State) -> str:
         exact=_elements(to_exact),
         everywhere=_elements(to_everywhere),
         cards=_elements(f'"{name}" . {card.mac}' for name, card in devices),
-        addresses=_elements(f'"{name}" . {card.mac} . {card.address}' for name, card in devices),
+        addresses=_elements(
+            f'"{name}" . {card.mac} . {other.address}'
+            for name, card in devices
+            # A guest with two cards answers by the one that its routes name first, whichever of its addresses was asked.
+            for other in cards
+            if other.owner == card.owner
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.network.nat import SUBNETS, Card, State, private_bridge, with_cards
@@ -20,6 +21,7 @@ def _card(last: int, *forwards: str) -> Card:
 NETWORKS = {
     "nobody": _EMPTY,
     "two-guests": with_cards(_EMPTY, [_card(1, "2222:22", "0.0.0.0:8080:80", "192.0.2.1:53:53/udp"), _card(2)]),
+    "two-cards": with_cards(_EMPTY, [replace(_card(last), owner="/vms/vm1/alive") for last in (1, 2)]),
     "private": with_cards(
         _EMPTY, [Card(owner="a", mac="52:54:00:00:00:01", bridge=private_bridge("239.192.0.1:20000"))]
     ),

@@ -110,9 +110,10 @@ class Lan:
         """Returns what was wrong, if anything."""
         return self.verb(verb, owner, what).communicate(timeout=60)[1]
 
-    def join(self, owner: str, mac: str, *forwards: str, bridge: str = "") -> str:
-        """Returns what was wrong, if anything; the owner is alive until `end`."""
-        process = self.verb("join", owner, json.dumps([[mac, forwards, bridge]]))
+    def join(self, owner: str, mac: str, *forwards: str, bridge: str = "", second: str | None = None) -> str:
+        """Returns what was wrong, if anything; the owner is alive until `end`. `second` is the MAC of another card."""
+        cards = [[mac, forwards, bridge], *([[second, [], bridge]] if second else [])]
+        process = self.verb("join", owner, json.dumps(cards))
         assert process.stdout
         if process.stdout.readline() == "ready\n":
             self.owners[owner] = process
@@ -124,22 +125,26 @@ class Lan:
 
     def guest(self, name: str, mac: str, *, bridge: str = BRIDGE) -> Place:
         """A machine whose card is plugged in, and which asks for its address on the bridge with NAT."""
-        place, device = self._place(name), interface_name(mac, bridge)
+        place = self._place(name)
+        self.plug(place, mac, bridge=bridge)
+        return place
+
+    def plug(self, place: Place, mac: str, *, bridge: str = BRIDGE, card: str = "eth0") -> None:
+        device = interface_name(mac, bridge)
         _run(
             *("ip", "link", "add", device, "netns", self.host.name, "type", "veth"),
-            *("peer", "eth0", "address", mac, "netns", place.name),
+            *("peer", card, "address", mac, "netns", place.name),
         )
         self.host("ip", "link", "set", device, "master", bridge, "up")
-        place("ip", "link", "set", "eth0", "up")
+        place("ip", "link", "set", card, "up")
         if bridge == BRIDGE:
             script = self.scratch / "lease.sh"
             script.write_text(
-                '#!/bin/sh\n[ "$1" = bound ] || exit 0\nip address add $ip/$mask dev eth0\n'
-                'ip route add default via $router\necho "$dns" >dns\n'
+                '#!/bin/sh\n[ "$1" = bound ] || exit 0\nip address add $ip/$mask dev $interface\n'
+                'ip route replace default via $router\necho "$dns" >dns\n'
             )
             script.chmod(0o755)
-            place("busybox", "udhcpc", "-i", "eth0", "-n", "-q", "-t", "10", "-T", "1", "-s", str(script))
-        return place
+            place("busybox", "udhcpc", "-i", card, "-n", "-q", "-t", "10", "-T", "1", "-s", str(script))
 
     def serve(self, place: Place, port: int, *, udp: bool = False) -> None:
         self.servers.append(Server(place, port, udp=udp))
@@ -194,6 +199,20 @@ def test_forwards_lead_to_the_guest_from_the_outside_and_from_the_host(lan: Lan)
     assert lan.tell("remove", "a", "127.0.0.1:2222:22") == ""
     assert lan.host.reaches("127.0.0.1", 2223) == "10.183.0.1"
     assert lan.host.reaches("127.0.0.1", 2222) is None
+
+
+def test_a_guest_with_two_cards_answers_by_the_one_that_its_routes_name(lan: Lan) -> None:
+    assert lan.join("a", MAC_A, "127.0.0.1:2222:22", second=MAC_B) == ""
+    guest = lan.guest("a", MAC_A)
+    lan.plug(guest, MAC_B, card="eth1")
+    lan.serve(guest, 22)
+    lan.serve(lan.outside, 80)
+    for card in ("eth0", "eth1"):
+        guest("ip", "route", "flush", "table", "main")
+        guest("ip", "route", "add", "10.183.0.0/16", "dev", card)
+        guest("ip", "route", "add", "default", "via", "10.183.0.1", "dev", card)
+        assert lan.host.reaches("127.0.0.1", 2222) == "10.183.0.1", f"its routes lead through {card}"
+        assert guest.reaches(OUTSIDE, 80) == UPLINK
 
 
 def test_guests_reach_neither_each_other_nor_the_host(lan: Lan) -> None:
