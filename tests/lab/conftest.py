@@ -34,8 +34,9 @@ from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import Mode
 from polyvisor.ssh import execute
 from tests.contract.conftest import booted, running, spec
+from tests.lab.emulation import allow_reruns, pytest_fixture_setup, pytest_pyfunc_call, unwatch, watch
 
-__all__ = ["booted", "running", "spec"]
+__all__ = ["booted", "pytest_fixture_setup", "pytest_pyfunc_call", "running", "spec"]
 
 LIMIT_S = 20 * 60
 NEEDED_MEMORY_MIB = 9 * 1024
@@ -61,6 +62,7 @@ _numbers = itertools.count()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the contract on Xen, run IN_TURN unless all is asked for: on an emulated host a test takes a minute and more."""
+    allow_reruns([item for item in items if "lab/test_xen" in item.nodeid])
     if os.environ.get("POLYVISOR_TEST_ALL"):
         return
     reason = "takes a minute and more on an emulated Xen: tested with POLYVISOR_TEST_ALL=1"
@@ -83,7 +85,7 @@ def hosts(host_name: str) -> list[LabHost]:
 
 
 @pytest.fixture(scope="module")  # saved again as soon as may be: emulated hosts are never quite idle
-def lab(cache: Path, tiny: Image, hosts: list[LabHost]) -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest, cache: Path, tiny: Image, hosts: list[LabHost]) -> Iterator[Lab]:
     """The lab with the hosts that a module needs, which no other module uses meanwhile; saved again afterwards."""
     demand = os.environ.get("POLYVISOR_TEST_LAB", "")
     if demand == "off":
@@ -98,8 +100,15 @@ def lab(cache: Path, tiny: Image, hosts: list[LabHost]) -> Iterator[Lab]:
             if demand == "required":
                 pytest.fail(f"there is no lab: {reason}")
             pytest.skip(f"there is no lab: {reason}")
+        if "lab-xen1" in [host.name for host in hosts]:
+            watch(request.config, lambda: asyncio.run(_triple_faults(made)))
         yield made
+        unwatch(request.config)
         asyncio.run(made.down(hosts))
+
+
+async def _triple_faults(lab: Lab) -> int:
+    return (await execute(lab.host, "lab-xen1", ["xl", "dmesg"], timeout_s=120)).stdout.count("Triple fault")
 
 
 def _home(cache: Path) -> Home:
