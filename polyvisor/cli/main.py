@@ -37,6 +37,7 @@ VERBS = {
     "pause": ("lifecycle", "stop the vCPUs of VMs"),
     "resume": ("lifecycle", "let paused VMs go on"),
     "save": ("lifecycle", "write the memory of VMs to disk and end them, until they are started"),
+    "move": ("move", "carry stopped VMs to other hosts"),
     "rm": ("lifecycle", "delete VMs and their disks"),
     "console": ("console", "attach to the serial console"),
     "logs": ("console", "print what the serial console has said"),

@@ -11,10 +11,11 @@ holds the VM for longer than they wait.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from polyvisor.host.moves import Cargo, Landing, Move, Parting
 from polyvisor.host.setup.wish import Wish
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, silent
@@ -154,6 +155,45 @@ class HostApi(Protocol):
 
     async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
         """Close such a port; raises NotFound where there is none."""
+
+    # Moving a VM between two hosts: see `moves.py`, and `remote/move.py` for their order
+
+    async def host_id(self) -> str:
+        """Who this host is: a UUID that stays, whatever others call it."""
+
+    async def move_show(self, name: str) -> Parting:
+        """What would be carried of a VM, and how far its moves are; raises WrongState unless it is stopped."""
+
+    async def move_begin(self, name: str, move: Move) -> None:
+        """Mark a stopped VM as leaving: it can't start any more. Raises WrongState where it is leaving by another move."""
+
+    def parcel(self, name: str, token: str) -> AsyncGenerator[bytes]:
+        """A VM that is leaving by the move with this `token`, in chunks; see `parcel.py`."""
+
+    async def move_finish(self, name: str, token: str) -> None:
+        """Let go of a VM, which the target holds: it is removed, for good. Raises WrongState for one that is not leaving."""
+
+    async def move_cancel(self, name: str, token: str, *, done: bool = False) -> None:
+        """Keep a VM: first it can't leave by this move any more, then, with `done`, it can start again.
+
+        Raises WrongState for one that has left. Between the two the target discards what it holds.
+        """
+
+    async def arrival_check(self, cargo: Cargo, move: Move) -> Landing:
+        """Whether a VM can come here, and run here: raises what stands in the way, and changes nothing."""
+
+    async def arrive(self, chunks: Callable[[], AsyncGenerator[bytes]]) -> None:
+        """Make the VM that is in a parcel, checked, and hold it: it can't start yet.
+
+        `chunks` gives the parcel from its beginning, and is asked again where the connection is lost on the way. Raises
+        ImageRefused, StorageFull, ConnectionLost, and as `arrival_check`.
+        """
+
+    async def arrival_release(self, move: Move) -> VMStatus:
+        """Let a VM that has arrived start: its source has let go of it. Raises NotFound, WrongState for another VM."""
+
+    async def arrival_cancel(self, name: str, token: str) -> None:
+        """Remove what has arrived by the move with this `token`, and is held still."""
 
     # Inside the VM
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from polyvisor.drivers.base import Driver
 from polyvisor.errors import NotFound, Unsupported
+from polyvisor.host.moves import require_settled
 from polyvisor.host.store import VMDirectory
 from polyvisor.network.ports import chosen_forwards
 from polyvisor.spec.forward import Forward, parse_forward
@@ -15,6 +16,7 @@ from polyvisor.spec.vm import VMSpec
 
 async def add(vm: VMDirectory, driver: Driver, forward: Forward) -> None:
     """Open a port of the host to the guest of `vm`, whose lock is held; raises Unsupported, InvalidInput."""
+    require_settled(vm, "change its forwards")
     index = _user_nic(vm.record.spec)
     launch = vm.launch()
     if vm.alive() and launch is not None and not any(_leads(forward, live) for live in launch.forwards):
@@ -27,6 +29,7 @@ async def add(vm: VMDirectory, driver: Driver, forward: Forward) -> None:
 
 async def remove(vm: VMDirectory, driver: Driver, forward: Forward) -> None:
     """Close it again; raises NotFound where there is none."""
+    require_settled(vm, "change its forwards")
     index = _user_nic(vm.record.spec)
     kept = vm.record.spec.nics[index].forwards
     launch = vm.launch()

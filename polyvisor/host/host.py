@@ -21,6 +21,8 @@ from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorErr
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
+from polyvisor.host.mover import Mover
+from polyvisor.host.moves import require_settled
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.setup.wish import Wish
 from polyvisor.host.store import VMDirectory, VMStore
@@ -34,7 +36,7 @@ from polyvisor.waiting import event_loop, pause
 _POLL_S = 0.1
 
 
-class Host:
+class Host(Mover):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -91,6 +93,8 @@ class Host:
             if await self.drivers.lives(vm) and not force:
                 state = (await self.drivers.of(vm).inspect(vm)).state
                 raise WrongState(f"VM '{name}' is {state}", hint=f"stop it first, or: polyvisor rm --force {name}")
+            if not force:
+                require_settled(vm, "be removed")
             await self.drivers.end(vm)
             if not self.store.remove(name):
                 raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
@@ -151,6 +155,7 @@ class Host:
 
         if await self._is_started(vm):
             return await self._status(vm)
+        require_settled(vm, "start")
         if vm.is_saved() and not fresh:
             from polyvisor.host import saved
 

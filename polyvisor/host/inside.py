@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polyvisor.errors import Busy, NotFound, TimedOut, WrongState
 from polyvisor.host.api import SSHTarget
-from polyvisor.host.keys import KNOWN_HOSTS, login_key
+from polyvisor.host.keys import KNOWN_HOSTS, login_key_of
 from polyvisor.host.store import VMDirectory
 from polyvisor.images.image import Image
 from polyvisor.network.ports import SSH_PORT
@@ -94,7 +94,7 @@ async def ssh_target(vm: VMDirectory, status: VMStatus, image: Image, keys: Path
                 address="127.0.0.1" if forward.host_address == "0.0.0.0" else forward.host_address,  # noqa: S104
                 port=forward.host_port,
                 user=image.user,
-                identity=(await login_key(keys))[0],
+                identity=(await login_key_of(vm.path, keys))[0],
                 known_hosts=vm.path / KNOWN_HOSTS,
                 alias=vm.name,
             )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SSH = "ssh"
 HOST_KEY = "host_key"
 KNOWN_HOSTS = Path(SSH, "known_hosts")
+LOGIN = Path(SSH, "login")
 RESERVE = "reserve"
 KEYGEN_S = 30.0
 
@@ -42,17 +43,26 @@ async def login_key(keys: Path) -> tuple[Path, str]:
         return private, public.read_text().strip()
 
 
+async def login_key_of(vm: Path, keys: Path) -> tuple[Path, str]:
+    """The private key's file and the public key for the VM in directory `vm`: the one that it has brought from another host.
+
+    Without such a key it is the one in `keys`; see `login_key`.
+    """
+    own = vm / LOGIN
+    return (own, (await _public_of(own)).strip()) if own.exists() else await login_key(keys)
+
+
 async def give_host_key(vm: Path, keys: Path) -> None:
     """Give the VM that is being made in directory `vm` a host key: the one in reserve in `keys`, or a new one."""
     with storage_errors("making the host key"):
         with contextlib.suppress(FileNotFoundError):
             (keys / RESERVE).rename(vm / SSH)
-        if not _is_whole(vm / SSH):
+        if not is_whole(vm / SSH):
             shutil.rmtree(vm / SSH, ignore_errors=True)
             await _make_host_key(vm / SSH)
 
 
-def _is_whole(directory: Path) -> bool:
+def is_whole(directory: Path) -> bool:
     """Whether there is a key pair: nobody waits until the one in reserve is on the disk, and a host may lose power before."""
     try:
         secret = secret_of((directory / HOST_KEY).read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 from polyvisor.errors import InvalidInput
 from polyvisor.files import storage_errors, sync_files, write_new
 from polyvisor.home import Home
-from polyvisor.host.keys import KNOWN_HOSTS, give_host_key, login_key, read_host_key
+from polyvisor.host.keys import KNOWN_HOSTS, give_host_key, login_key_of, read_host_key
 from polyvisor.host.plan import (
     SEED_DISK,
     SEEDED_INITRD,
@@ -74,6 +74,11 @@ async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore
         await give_host_key(vm.path, keys)
         # So that whoever logs in knows the guest's key beforehand, under the VM's name.
         write_new(vm.path / KNOWN_HOSTS, f"{record.spec.name} {read_host_key(vm.path).public}\n")
+    finish(vm, record)
+
+
+def finish(vm: VMDirectory, record: Record) -> None:
+    """Give what is in a new VM's directory to the user that it runs as, and write its record."""
     if record.user is not None:
         vm.path.chmod(0o711)
         vm.disks.chmod(0o711)
@@ -132,7 +137,7 @@ async def _write_seed(
         image.seed is Seed.INITRD and (not boots_directly(image, mode) or image.initrd is None)
     ):
         return None
-    _, public = await login_key(keys)
+    _, public = await login_key_of(vm.path, keys)
     spec = record.spec
     data = SeedData(
         instance_id=record.id,

@@ -4,6 +4,7 @@
     <vms>/<name>/launch.json   the launch record of the last start
     <vms>/<name>/alive         locked by the hypervisor's process for as long as that lives
     <vms>/<name>/qemu.log      what the hypervisor's process said
+    <vms>/<name>/move.json     that the VM is on its way to another host, or from one (moves.py)
     <vms>/<name>/saved/        memory and devices of a VM that was saved
     <vms>/<name>/disks/        disks and UEFI variables
     <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
@@ -127,6 +128,10 @@ class VMDirectory:
         except FileNotFoundError:
             return False
 
+    def is_moving(self) -> bool:
+        """Whether it is on its way to another host, or from one; see `moves.py`."""
+        return os.path.exists(f"{self.path}/move.json")  # noqa: PTH110
+
     def unreadable(self, file: str, error: Exception) -> PolyvisorError:
         """The error for a file of this directory that makes no sense."""
         return PolyvisorError(
@@ -222,6 +227,11 @@ class VMStore:
                 shutil.rmtree(gone)
                 found = True
         return found
+
+    def sweep(self, name: str) -> None:
+        """Remove what a command that was killed left of the making of VM `name`, whose lock the caller holds."""
+        with storage_errors(f"removing what is left of VM '{name}'"):
+            self._sweep(name)
 
     def _sweep(self, name: str) -> bool:
         """Remove what commands that were killed left of VM `name`; returns whether there was anything."""

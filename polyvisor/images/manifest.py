@@ -30,7 +30,7 @@ _GIB = 1024
 
 def parse_manifest(data: bytes) -> Image:
     """The image that a stranger's manifest describes, its name not yet checked; raises InvalidInput."""
-    raw = _parsed(data)
+    raw = strict_json(data)
     version = raw.pop("format", None)
     if type(version) is not int or version != FORMAT:
         raise InvalidInput("format", version, f"is not {FORMAT}", hint="this version of Polyvisor does not know it")
@@ -43,8 +43,8 @@ def parse_manifest(data: bytes) -> Image:
     return image
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
-    """JSON, in which no key stands twice and no number is none."""
+def strict_json(data: bytes) -> dict[str, Any]:
+    """The mapping in a stranger's JSON, in which no key stands twice and no number is none."""
 
     def no_number(text: str) -> Any:
         raise ValueError(f"{text} is no number")

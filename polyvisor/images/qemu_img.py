@@ -164,6 +164,18 @@ async def resize(path: Path, size: int) -> None:
         raise _failure(error, f"resizing {path}") from error
 
 
+async def rebase(path: Path, backing: Path) -> None:
+    """Write into the qcow2 disk `path` that `backing` is below it; neither is read for that.
+
+    Raises StorageFull, NotPermitted, ProcessFailed.
+    """
+    argv = [program(), "rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", str(backing.absolute()), str(path)]
+    try:
+        await run(argv, timeout_s=60)
+    except ProcessFailed as error:
+        raise _failure(error, f"giving {path} its image") from error
+
+
 async def info(path: Path) -> dict[str, Any]:
     """What qemu-img says of the qcow2 disk `path`, one of ours."""
     top = {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": str(path), "read-only": True}}

@@ -14,12 +14,13 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, BinaryIO
 
 from polyvisor import __version__
 from polyvisor.errors import InvalidInput, PolyvisorError, ProtocolError
 from polyvisor.host.api import HostApi, SSHTarget
+from polyvisor.host.keys import LOGIN
 from polyvisor.operation import Step
 from polyvisor.remote.calls import Calls
 from polyvisor.remote.uploads import Uploads
@@ -161,6 +162,7 @@ def _access(target: SSHTarget) -> dict[str, Any]:
         alias=target.alias,
         identity=target.identity.read_text(),
         known_hosts=known,
+        own=target.identity.name == LOGIN.name,
     )
     plain: dict[str, Any] = unstructure(access)
     return plain
@@ -202,7 +204,8 @@ def main(words: list[str]) -> int:
 
 
 async def stream(raw: dict[str, Any]) -> None:
-    """Carry bytes over stdin and stdout, by `raw["kind"]`: `console`, `log`, `events` (a line each), `image_export`, `upload`.
+    """Carry bytes over stdin and stdout, by `raw["kind"]`: `console`, `log`, `events` (a line each), `image_export`, `upload`,
+    `parcel`, `arrive`.
 
     The first line says that it begins, or what is wrong.
     """
@@ -224,6 +227,12 @@ async def stream(raw: dict[str, Any]) -> None:
             await _events(host, tuple(map(str, raw["names"])), begin, out)
         elif kind == "image_export":
             await _chunks(host.image_export(str(raw["name"])), begin, out)
+        elif kind == "parcel":
+            await _chunks(host.parcel(str(raw["name"]), str(raw["token"])), begin, out)
+        elif kind == "arrive":
+            begin({"result": None})
+            await host.arrive(_incoming)
+            begin({"result": None})
         elif kind == "upload":
             uploads = Uploads(host.home)
             begin({"result": None})
@@ -258,6 +267,13 @@ async def _console(host: HostApi, name: str, begin: Any, out: BinaryIO) -> None:
         for task in tasks:
             task.cancel()
         writer.close()
+
+
+async def _incoming() -> AsyncGenerator[bytes]:
+    """What comes in on stdin."""
+    reader = await standard_input()
+    while data := await reader.read(1 << 20):
+        yield data
 
 
 async def _chunks(chunks: AsyncIterator[bytes], begin: Any, out: BinaryIO) -> None:

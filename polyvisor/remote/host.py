@@ -32,6 +32,7 @@ from polyvisor.errors import (
 from polyvisor.files import make_directory, storage_errors, write_atomic
 from polyvisor.home import Home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
+from polyvisor.host.moves import Cargo, Landing, Move, Parting
 from polyvisor.host.setup.wish import Wish
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
@@ -243,6 +244,44 @@ class RemoteHost:
     async def remove_forward(self, name: str, forward: Forward) -> VMStatus:
         return await self._call(VMStatus, "remove_forward", name=name, forward=forward)
 
+    # Moving
+
+    async def host_id(self) -> str:
+        return await self._call(str, "host_id")
+
+    async def move_show(self, name: str) -> Parting:
+        return await self._call(Parting, "move_show", name=name)
+
+    async def move_begin(self, name: str, move: Move) -> None:
+        await self._call(NoneType, "move_begin", name=name, move=move)
+
+    async def parcel(self, name: str, token: str) -> AsyncGenerator[bytes]:
+        async with self._stream("parcel", name=name, token=token) as stream:
+            while chunk := await stream.reader.read(_CHUNK):
+                yield chunk
+            await stream.check_end()
+
+    async def move_finish(self, name: str, token: str) -> None:
+        await self._call(NoneType, "move_finish", name=name, token=token)
+
+    async def move_cancel(self, name: str, token: str, *, done: bool = False) -> None:
+        await self._call(NoneType, "move_cancel", name=name, token=token, done=done)
+
+    async def arrival_check(self, cargo: Cargo, move: Move) -> Landing:
+        return await self._call(Landing, "arrival_check", cargo=cargo, move=move)
+
+    async def arrive(self, chunks: Callable[[], AsyncGenerator[bytes]]) -> None:
+        async def send(_: Connection) -> None:
+            await self._pour("arrive", chunks(), lambda done: None)
+
+        await self._again("arrive", send, silent)
+
+    async def arrival_release(self, move: Move) -> VMStatus:
+        return await self._call(VMStatus, "arrival_release", move=move)
+
+    async def arrival_cancel(self, name: str, token: str) -> None:
+        await self._call(NoneType, "arrival_cancel", name=name, token=token)
+
     # Inside the VM
 
     async def console(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -273,7 +312,8 @@ class RemoteHost:
         """`access` with its keys in files of this machine, and a way through the connection to the host."""
         host = hashlib.sha256(self.entry.url.encode()).hexdigest()[:16]
         directory = self.home.path / "access" / host
-        identity, known_hosts = directory / "identity", directory / f"{name}.known_hosts"
+        identity = directory / (f"{name}.identity" if access.own else "identity")
+        known_hosts = directory / f"{name}.known_hosts"
         with storage_errors("keeping the guest's keys"):
             make_directory(directory, 0o700)
             write_atomic(identity, access.identity)
@@ -356,18 +396,28 @@ class RemoteHost:
 
     async def _send(self, name: str, size: int, chunks: AsyncGenerator[bytes], progress: Progress) -> str:
         """Carry `size` bytes to the host, as a file called `name`; returns the word that stands for it there."""
+
+        def report(done: int) -> None:
+            progress(Step("uploading", done, size, "B"))
+
+        return str(await self._pour("upload", chunks, report, name=name, size=size))
+
+    async def _pour(
+        self, kind: str, chunks: AsyncGenerator[bytes], report: Callable[[int], None], **arguments: object
+    ) -> Any:
+        """Carry `chunks` to the host, in a stream of this `kind`; returns what it says to them."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(chunks.aclose)
             try:
-                stream = await stack.enter_async_context(self._stream("upload", name=name, size=size))
+                stream = await stack.enter_async_context(self._stream(kind, **arguments))
                 done = 0
                 with contextlib.suppress(ConnectionError):  # a host that takes no more says why
                     async for chunk in chunks:
                         stream.writer.write(chunk)
                         await stream.writer.drain()
                         done += len(chunk)
-                        progress(Step("uploading", done, size, "B"))
-                return str(await stream.result())
+                        report(done)
+                return await stream.result()
             except StorageFull:
                 raise
             except (ConnectionError, Unavailable, TimedOut) as error:  # it was there when this was begun

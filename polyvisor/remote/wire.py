@@ -29,7 +29,7 @@ FAILED = -32000  # the verb raised a PolyvisorError, which `data` describes
 MAX_LINE = 64 << 20
 
 # These give bytes or events without end, and have a connection of their own.
-STREAMS = ("console", "log", "events", "image_export")
+STREAMS = ("console", "log", "events", "image_export", "parcel", "arrive")
 # These change nothing, so a call may be sent again without a key.
 LOOKS = (
     "status",
@@ -39,6 +39,9 @@ LOOKS = (
     "show",
     "ssh_target",
     "wait_for_ssh",
+    "host_id",
+    "move_show",
+    "arrival_check",
     "image_list",
     "image_show",
     "image_catalogue",
@@ -56,12 +59,20 @@ REPEATABLE = (
     "image_pull",
     "add_forward",
     "prepare_host",
+    "move_begin",
+    "move_finish",
+    "move_cancel",
+    "arrival_release",
+    "arrival_cancel",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """An `SSHTarget` for another machine: what is in the files, rather than where they are."""
+    """An `SSHTarget` for another machine: what is in the files, rather than where they are.
+
+    `own` says that the identity is for this VM alone, which brought it from another host.
+    """
 
     address: str
     port: int
@@ -69,6 +80,7 @@ class Access:
     alias: str
     identity: str
     known_hosts: str
+    own: bool = False
 
 
 @dataclass(frozen=True)
