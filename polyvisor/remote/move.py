@@ -183,11 +183,14 @@ async def _carry(source: HostApi, target: HostApi, cargo: Cargo, move: Move, pro
 
     async def chunks() -> AsyncGenerator[bytes]:
         done = 0
-        async with contextlib.aclosing(source.parcel(move.name, move.token)) as parcel:
-            async for chunk in parcel:
-                yield chunk
-                done += len(chunk)
-                progress(Step("moving", min(done, cargo.data_bytes), cargo.data_bytes, "B"))
+        try:
+            async with contextlib.aclosing(source.parcel(move.name, move.token)) as parcel:
+                async for chunk in parcel:
+                    yield chunk
+                    done += len(chunk)
+                    progress(Step("moving", min(done, cargo.data_bytes), cargo.data_bytes, "B"))
+        except (Unavailable, TimedOut) as error:  # it was there when this was begun
+            raise ConnectionLost(error.message, hint=error.hint) from error
 
     lost_at: float | None = None
     while True:
@@ -216,5 +219,6 @@ async def _give_back(source: HostApi, target: HostApi, move: Move) -> None:
     """Undo what was begun, as far as the hosts can be reached; the rest is said by whoever tries to start the VM."""
     with contextlib.suppress(PolyvisorError):
         await source.move_cancel(move.name, move.token)
-        await target.arrival_cancel(move.new_name, move.token)
+        with contextlib.suppress(PolyvisorError):  # what it holds then can never start
+            await target.arrival_cancel(move.new_name, move.token)
         await source.move_cancel(move.name, move.token, done=True)
