@@ -12,27 +12,26 @@ docs/design/untrusted-images.md.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from polyvisor.errors import DownloadFailed, ImageRefused, InvalidInput, StorageFull
+from polyvisor.errors import DownloadFailed, ImageRefused, InvalidInput
 from polyvisor.images import portable, qemu_img, unpack
 from polyvisor.images.checksum import Checksum, checksum_of, parse_checksum
 from polyvisor.images.download import held, is_url
-from polyvisor.images.formats import Compression, Disk, Format, Reader, compression_of, inspect, parse_format
+from polyvisor.images.formats import Format, Reader, compression_of, inspect, parse_format
 from polyvisor.images.formats.firmware import firmware_of
 from polyvisor.images.formats.guest import GuestDisk
 from polyvisor.images.http import shown_url
 from polyvisor.images.image import Image, ImageFile, Seed
+from polyvisor.images.incoming import DISK, convert, display_name, private, remove_temporary, unpacked
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.images.worker import in_thread
-from polyvisor.operation import Progress, Step, silent
+from polyvisor.operation import Progress, silent
 from polyvisor.values import dataclass
 
-DISK = "disk.qcow2"
 _MIB = 1 << 20
 _MEMORY_MIB = 512
 
@@ -130,30 +129,23 @@ async def _import_file(
     store: ImageStore, file: BinaryIO, wanted: _Wanted, checksum: Checksum | None, progress: Progress
 ) -> Image:
     """Import an open file, which must have `checksum` (if any)."""
-    name = _display_name(wanted.source)
+    name = display_name(wanted.source)
     with store.staging() as staging, contextlib.ExitStack() as files:
-        if not unpack.is_private(file):
-            file = files.enter_context(await _copied(file, staging / "copy", name, progress))
+        file = await private(file, staging, name, files, progress)
         if checksum is not None:
             await _verify(file, checksum, name, progress)
-        if kind := compression_of(Reader(file, name)):
-            file = files.enter_context(await _unpacked(file, kind, staging / "unpacked", name, progress))
+        file = await unpacked(file, staging, name, files, progress)
         exported = portable.is_exported(Reader(file, name))
         _check_wanted(wanted, exported=exported)
         if exported:
-            _remove_temporary(staging)  # it is open still, and its name may be that of one of the image's files
+            remove_temporary(staging)  # it is open still, and its name may be that of one of the image's files
             return await portable.take_in(store, staging, file, name, wanted.name, progress)
         qemu_img.program()
         disk = await in_thread(lambda report: inspect(Reader(file, name), wanted.format), progress)
-        await _convert(disk, file, staging, name, progress)
-        _remove_temporary(staging)
+        await convert(disk, file, staging, name, progress)
+        remove_temporary(staging)
         image = await _described(staging / DISK, wanted)
         return await in_thread(lambda report: store.add(staging, image, report), progress)
-
-
-def _remove_temporary(staging: Path) -> None:
-    for temporary in ("copy", "unpacked"):
-        (staging / temporary).unlink(missing_ok=True)
 
 
 def _check_wanted(wanted: _Wanted, *, exported: bool) -> None:
@@ -165,11 +157,11 @@ def check_options(source: str, *, exported: bool, name: str | None, **described:
     """Raise InvalidInput where a disk image has no name, or an exported one, which describes itself, is described anew."""
     if not exported and name is None:
         raise InvalidInput(
-            "name", None, f"is needed: {_display_name(source)} has no name of its own", hint="add --name NAME"
+            "name", None, f"is needed: {display_name(source)} has no name of its own", hint="add --name NAME"
         )
     for key, value in described.items():
         if exported and value is not None:
-            problem = f"{_display_name(source)} is an exported image, which describes itself"
+            problem = f"{display_name(source)} is an exported image, which describes itself"
             raise InvalidInput(key, value, problem, hint=f"leave out --{key}")
 
 
@@ -181,27 +173,6 @@ def check_before_upload(path: Path, name: str | None, **described: str | int | N
             check_options(str(path), exported=portable.is_exported(reader), name=name, **described)
 
 
-def _display_name(source: str) -> str:
-    """The file's name, fit for a message."""
-    name = source.rstrip("/").rpartition("/")[2] or source
-    return "".join(c if c.isprintable() else "?" for c in name)[:80]
-
-
-async def _copied(file: BinaryIO, target: Path, name: str, progress: Progress) -> BinaryIO:
-    """A copy: what others can change must not change between being inspected and being read."""
-    await in_thread(lambda report: unpack.copy(file, target, name, report), progress)
-    return target.open("rb")
-
-
-async def _unpacked(file: BinaryIO, kind: Compression, target: Path, name: str, progress: Progress) -> BinaryIO:
-    if kind is Compression.ZSTD:
-        progress(Step("unpack"))
-        await unpack.decompress_zstd(file, target, name)
-    else:
-        await in_thread(lambda report: unpack.decompress(file, kind, target, name, report), progress)
-    return target.open("rb")
-
-
 async def _verify(file: BinaryIO, checksum: Checksum, name: str, progress: Progress) -> None:
     size = Reader(file, name).size
     found = await in_thread(lambda report: checksum_of(file, checksum.algorithm, size, report), progress)
@@ -210,23 +181,6 @@ async def _verify(file: BinaryIO, checksum: Checksum, name: str, progress: Progr
             f"{name}: its {found.algorithm} is {found.hex}, not {checksum.hex}",
             hint="the file is damaged, or the checksum belongs to another version",
         )
-
-
-async def _convert(disk: Disk, file: BinaryIO, staging: Path, name: str, progress: Progress) -> None:
-    """Make `DISK` in `staging` from `disk` in `file`: a whole number of MiB, without any reference to other files."""
-    path = unpack.path_of(file)
-    progress(Step("check"))
-    await qemu_img.check(disk, path, name)
-    measured = await qemu_img.measure(disk, path, name)
-    if measured.required + unpack.SPARE > (free := shutil.disk_usage(staging).free):
-        raise StorageFull(
-            f"{name}: it needs {measured.required // _MIB} MiB, the image store has {free // _MIB} MiB left",
-            hint="free some space: polyvisor image ls; polyvisor ls; or set POLYVISOR_HOME to a larger disk",
-        )
-    await qemu_img.convert(disk, path, staging / DISK, measured, name, progress)
-    size = (await qemu_img.info(staging / DISK))["virtual-size"]
-    if size % _MIB:
-        await qemu_img.resize(staging / DISK, -(-size // _MIB) * _MIB)
 
 
 async def _described(path: Path, wanted: _Wanted) -> Image:

@@ -150,14 +150,15 @@ async def take_in(
             f"{shown} calls itself '{image.name}', and there is another image of that name",
             hint=f"say what to call it: --name NAME; --name {image.name} if it shall take the other's place",
         )
-    _check_room(image, staging, shown)
-    await in_thread(lambda report: _unpack(file, found, staging, shown, report), progress)
+    check_room(image, staging, shown)
+    await in_thread(lambda report: unpack_files(file, found, staging, shown, report), progress)
     if image.disk is not None:
         await _check_disk(staging / image.disk.name, image, f"{shown}: {image.disk.name}", progress)
     return await in_thread(lambda report: store.add(staging, image, report), progress)
 
 
-def _check_room(image: Image, staging: Path, shown: str) -> None:
+def check_room(image: Image, staging: Path, shown: str) -> None:
+    """Raise StorageFull where the files of `image` don't fit into `staging`."""
     if image.size + unpack.SPARE > (free := shutil.disk_usage(staging).free):
         raise StorageFull(
             f"{shown}: it needs {image.size // _MIB} MiB, the image store has {free // _MIB} MiB left",
@@ -165,7 +166,8 @@ def _check_room(image: Image, staging: Path, shown: str) -> None:
         )
 
 
-def _unpack(file: BinaryIO, found: Exported, staging: Path, shown: str, report: Progress) -> None:
+def unpack_files(file: BinaryIO, found: Exported, staging: Path, shown: str, report: Progress) -> None:
+    """Write the image's files into `staging`."""
     done = 0
     for one in found.image.files:
         file.seek(found.members[one.name].offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -426,6 +427,37 @@ def test_guest_disk_reads_what_the_guest_sees(
         assert guest.read(MIB - 10, 74) == bytes(10) + hash_block(0) + hash_block(1)
         assert guest.read(7 * MIB, 12) == b"near the end"
         assert guest.read(8 * MIB - 5, 100) == bytes(5)
+
+
+@pytest.mark.parametrize("options", [(), ("cluster_size=512",), ("cluster_size=2M",), ("compat=0.10",)])
+def test_a_compressed_disk_is_read_as_its_guest_would(
+    images: dict[str, Path], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    raw = images["raw"].read_bytes()
+    extra = ["-o", ",".join(options)] if options else []
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", *extra, images["raw"], tmp_path / "disk")
+    with GuestDisk(tmp_path / "disk") as guest:
+        assert guest.readable
+        assert guest.read(0, len(raw)) == raw
+        assert guest.read(7 * MIB - 3, 20) == raw[7 * MIB - 3 : 7 * MIB + 17]
+
+
+def test_a_damaged_part_of_a_compressed_disk_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(b"".join(hash_block(index) * 2 for index in range(MIB // 64)))
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", tmp_path / "raw", tmp_path / "disk")
+    data = (tmp_path / "disk").read_bytes()
+    assert len(data) < MIB, "it is compressed"
+    (tmp_path / "disk").write_bytes(data[: len(data) // 2] + os.urandom(len(data) - len(data) // 2))
+    with GuestDisk(tmp_path / "disk") as guest:
+        assert guest.read(0, 64) == hash_block(0) * 2
+        with pytest.raises(ImageRefused, match="compressed part of it is damaged"):
+            guest.read(0, MIB)
+
+
+def test_clusters_that_can_not_be_read_here_are_told(images: dict[str, Path]) -> None:
+    for name, readable in (("qcow2", True), ("qcow2-v2", True), ("qcow2-zstd", False), ("qcow2-extended", False)):
+        with GuestDisk(images[name]) as guest:
+            assert guest.readable is readable
 
 
 # Firmware

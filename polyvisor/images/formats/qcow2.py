@@ -41,6 +41,12 @@ def inspect(reader: Reader) -> Disk:
     return disk
 
 
+def is_plain(reader: Reader) -> bool:
+    """Whether the clusters of a file that `inspect` accepts are of the old kind: zlib's if compressed, no subclusters."""
+    version = reader.unpack(">I", 4)[0]
+    return version == 2 or not reader.unpack(">Q", 72)[0] & (_COMPRESSION | _EXTENDED_L2)
+
+
 def _check_version_3(reader: Reader, cluster: int) -> int:
     """Check what version 3 added to the header; returns the header's length."""
     incompatible, _compatible, autoclear, refcount_order, length = reader.unpack(">QQQII", 72)
