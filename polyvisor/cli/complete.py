@@ -34,6 +34,8 @@ def complete() -> None:
     for action in _actions(parser):
         if action.dest in ("name", "names") and action.metavar in ("NAME", "IMAGE"):
             action.completer = _images if action.metavar == "IMAGE" else _vms  # type: ignore[attr-defined]
+        elif action.metavar == "IMAGE|PATH":
+            action.completer = _images_and_files  # type: ignore[attr-defined]
         elif action.dest == "image":
             action.completer = _images  # type: ignore[attr-defined]
         elif action.metavar == "HOST":
@@ -80,3 +82,9 @@ def _images(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str
 
     home = default_home()
     return [*ImageStore(home.images).names(), *BUILDABLE, *(entry.name for entry in catalogue.entries(home.path))]
+
+
+def _images_and_files(prefix: str, parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return [*_images(parsed_args), *FilesCompleter()(prefix)]

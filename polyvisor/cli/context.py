@@ -41,6 +41,11 @@ class Context:
         return Host()
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether the verb is about another machine."""
+        return self._host_name is not None
+
+    @property
     def _host_name(self) -> str | None:
         """The host asked for. An empty --host, as of a variable that is not set, is a mistake, and not this machine."""
         return os.environ.get("POLYVISOR_HOST") or None if self.on_host is None else self.on_host

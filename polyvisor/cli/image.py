@@ -27,6 +27,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     sub = verbs.add_parser("show", help="show one image in full")
     sub.add_argument("name", metavar="IMAGE")
     sub.set_defaults(action=_show)
+    from polyvisor.cli.inspect import add_inspect
+
+    add_inspect(verbs.add_parser("inspect", help="tell which hypervisors and modes an image can boot in, and why"))
     sub = verbs.add_parser("pull", help="fetch an image of the catalogue now, rather than when a VM needs it")
     sub.add_argument("name", metavar="IMAGE")
     sub.set_defaults(action=_pull)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from polyvisor.host.moves import Cargo, Landing, Move, Parting
 from polyvisor.host.setup.wish import Wish
@@ -23,6 +23,9 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import Check, Event, HostStatus, Saved, Setup, VMStatus
 from polyvisor.values import dataclass
+
+if TYPE_CHECKING:  # it is rarely needed, and takes a millisecond
+    from polyvisor.images.inspection.findings import Inspection
 
 STOP_TIMEOUT_S = 60.0
 
@@ -219,6 +222,9 @@ class HostApi(Protocol):
 
     async def image_show(self, name: str) -> StoredImage:
         """One image."""
+
+    async def image_inspect(self, name: str, progress: Progress = silent) -> Inspection:
+        """Which hypervisors and modes an image of the store can boot in, with reasons, by reading it; raises ImageRefused."""
 
     async def image_catalogue(self) -> list[Obtainable]:
         """What else could be here: images that can be built, and those of the catalogue."""

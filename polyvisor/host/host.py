@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
@@ -33,6 +33,8 @@ from polyvisor.spec.vm import VMSpec
 from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, Setup, VMState, VMStatus
 from polyvisor.waiting import event_loop, pause
 
+if TYPE_CHECKING:
+    from polyvisor.images.inspection.findings import Inspection
 _POLL_S = 0.1
 
 
@@ -436,6 +438,9 @@ class Host(Mover):
 
     async def image_show(self, name: str) -> StoredImage:
         return self.images.stored(self.images.store.get(name))
+
+    async def image_inspect(self, name: str, progress: Progress = silent) -> Inspection:
+        return await self.images.inspect(name, progress)
 
     async def image_catalogue(self) -> list[Obtainable]:
         return self.images.obtainable()

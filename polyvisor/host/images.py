@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
 
 from polyvisor.errors import InvalidInput, NotFound
 from polyvisor.home import Home
@@ -11,6 +12,9 @@ from polyvisor.images.image import Image, Seed
 from polyvisor.images.store import ImageStore, check_image_name
 from polyvisor.operation import Progress, silent
 from polyvisor.waiting import event_loop
+
+if TYPE_CHECKING:
+    from polyvisor.images.inspection.findings import Inspection
 
 # What can be built, and the image's name where nobody chooses one (`flavours` knows more, and is imported late).
 BUILDABLE = {"tiny": "tiny", "debian": "debian-12", "lab-kvm": "lab-kvm", "lab-xen": "lab-xen"}
@@ -27,6 +31,19 @@ class Images:
         """`image` with what the store knows of it."""
         directory = str(self.store.directory(image))
         return StoredImage(image=image, directory=directory, current=self.store.is_current(image))
+
+    async def inspect(self, name: str, progress: Progress = silent) -> Inspection:
+        """What image `name` of the store can boot in; see `inspector.inspect_stored`."""
+        from polyvisor.images.inspection.inspector import inspect_stored
+
+        return await inspect_stored(self.store, self.store.get(BUILDABLE.get(name, name)), progress)
+
+    async def inspect_file(self, path: str, progress: Progress = silent, *, format: str | None = None) -> Inspection:  # noqa: A002
+        """What the image in a file of this machine can boot in; see `inspector.inspect_file`."""
+        from polyvisor.images.inspection.inspector import inspect_file
+
+        self.home.prepare()
+        return await inspect_file(self.store, path, progress, format=format)
 
     def obtainable(self) -> list[Obtainable]:
         """What can be built, and what the catalogue has beside that."""

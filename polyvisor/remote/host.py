@@ -35,6 +35,7 @@ from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, S
 from polyvisor.host.moves import Cargo, Landing, Move, Parting
 from polyvisor.host.setup.wish import Wish
 from polyvisor.images.image import Image
+from polyvisor.images.inspection.findings import Inspection
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.process import run
 from polyvisor.remote.address import Entry
@@ -336,6 +337,9 @@ class RemoteHost:
 
     async def image_show(self, name: str) -> StoredImage:
         return await self._call(StoredImage, "image_show", name=name)
+
+    async def image_inspect(self, name: str, progress: Progress = silent) -> Inspection:
+        return await self._call(Inspection, "image_inspect", progress, name=name)
 
     async def image_catalogue(self) -> list[Obtainable]:
         return await self._call(list[Obtainable], "image_catalogue")

@@ -8,6 +8,7 @@ import pytest
 from polyvisor.errors import NotFound
 from polyvisor.host.api import HostApi
 from polyvisor.host.host import Host
+from polyvisor.images.inspection.findings import Boots
 from polyvisor.images.portable import exported_size
 
 
@@ -18,6 +19,18 @@ async def test_an_image_is_exported_whole_and_can_be_taken_in(api: HostApi, tmp_
             file.write(chunk)
     assert (tmp_path / "file").stat().st_size == exported_size(image)
     assert (await Host(tmp_path / "home").image_import(str(tmp_path / "file"))).same_as(image)
+
+
+async def test_an_image_is_inspected(api: HostApi) -> None:
+    """`tiny` has no disk, so no firmware boots it; everything else does."""
+    verdicts = {verdict.target.value: verdict for verdict in (await api.image_inspect("tiny")).verdicts}
+    assert {target for target, verdict in verdicts.items() if verdict.boots is Boots.YES} == {
+        "qemu-pvh", "xen-pv", "xen-pvh", "xen-hvm",
+    }  # fmt: skip
+    for target in ("qemu-hvm-bios", "qemu-hvm-uefi"):
+        assert (verdicts[target].boots, verdicts[target].reason) == (Boots.NO, "it has no disk to boot from")
+    with pytest.raises(NotFound, match="'nothing'"):
+        await api.image_inspect("nothing")
 
 
 async def test_whoever_wants_no_more_of_it_may_stop(api: HostApi) -> None:

@@ -21,6 +21,7 @@ from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.debian import build_debian
 from polyvisor.images.image import Image
+from polyvisor.images.inspection.findings import Boots, Driver, Target
 from polyvisor.images.store import ImageStore
 from polyvisor.spec.vm import DeviceModel, Disk, Firmware, Mode, VMSpec
 from polyvisor.ssh import execute
@@ -130,6 +131,16 @@ def test_the_image_is_described(image: Image) -> None:
     assert (image.name, image.user, image.firmware) == ("debian-12", "debian", ("bios", "uefi"))
     assert image.disk_size_mib == 4096
     assert image.size < 600e6
+
+
+async def test_it_boots_everywhere_by_its_own_account(image: Image, host: Host) -> None:
+    """What `image inspect` reads; the tests below, and those of the lab, boot it."""
+    found = await host.image_inspect(image.name)
+    assert {verdict.target: verdict.boots for verdict in found.verdicts} == dict.fromkeys(Target, Boots.YES)
+    (kernel,) = found.findings.kernels
+    assert found.findings.direct is not None
+    assert (kernel.version, kernel.drivers) == (found.findings.direct.version, found.findings.direct.drivers)
+    assert kernel.drivers["virtio_blk"] is kernel.drivers["xen_blkfront"] is Driver.INITRAMFS
 
 
 def test_the_disk_is_sound(image: Image, host: Host) -> None:

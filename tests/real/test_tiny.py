@@ -21,6 +21,8 @@ import pytest
 
 from polyvisor.images.hostkey import HostKey
 from polyvisor.images.image import Image, Seed
+from polyvisor.images.inspection.findings import Driver
+from polyvisor.images.inspection.inspector import inspect_stored
 from polyvisor.images.seed import SeedData, write_seeded
 from polyvisor.images.store import ImageStore
 from polyvisor.images.tiny import build_tiny
@@ -267,6 +269,20 @@ async def test_disks(built: Built, tmp_path: Path, device: str, node: str) -> No
     async with booted(built, tmp_path, "-device", "virtio-net-pci,netdev=n0", *drive) as guest:
         await guest.ssh(f"for i in $(seq 50); do [ -b /dev/{node} ] && break; sleep 0.2; done")
         assert (await guest.ssh(f"head -n 1 /dev/{node}")).stdout == "on the disk\n"
+
+
+async def test_its_kernel_and_initramfs_can_be_inspected(built: Built) -> None:
+    """Xen's entries are read through the kernel's LZ4, as Debian packs it; the drivers of QEMU and Xen are there."""
+    kernel = (await inspect_stored(built.store, built.image)).findings.direct
+    assert kernel is not None
+    assert (kernel.architecture, kernel.xen_pv, kernel.xen_pvh, kernel.known_by) == (
+        "x86_64",
+        True,
+        True,
+        "its ELF notes",
+    )
+    needed = ("virtio_pci", "virtio_blk", "virtio_net", "xen_blkfront", "xen_netfront", "ata_piix", "sd_mod")
+    assert {kernel.drivers[name] for name in needed} == {Driver.INITRAMFS}
 
 
 async def test_without_a_network_it_is_ready_all_the_same(built: Built, tmp_path: Path) -> None:

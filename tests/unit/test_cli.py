@@ -365,10 +365,15 @@ class TestCompletion:
             ("polyvisor image r", {"rm"}, {"ls"}),
             ("polyvisor forward ls d", {"db"}, {"web-1"}),
             ("polyvisor --json show d", {"db"}, set()),
+            ("polyvisor image inspect ti", {"tiny"}, {"web-1"}),
+            ("polyvisor image inspect home/vms/w", {"home/vms/web-1/"}, {"tiny"}),
             ("polyvisor ls --state p", {"paused"}, {"running"}),
         ],
     )
-    def test_what_the_shell_is_told(self, line: str, holds: set[str], lacks: set[str], home: Path) -> None:
+    def test_what_the_shell_is_told(
+        self, line: str, holds: set[str], lacks: set[str], home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(home.parent)
         for name in ("web-1", "web-2", "db", ".new-x"):
             (home / "vms" / name).mkdir(parents=True)
         found = completions(line)
