@@ -73,7 +73,7 @@ FLAVOURS = {
         Flavour(
             kind="lab-xen",
             about="a host of the lab that runs Xen",
-            packages=("xen-system-amd64", "qemu-system-xen", *_HOST_PACKAGES),
+            packages=("xen-system-amd64", "qemu-system-xen", "grub-xen-host", *_HOST_PACKAGES),
             data=("debian", "lab", "lab-xen"),
             user="root",
             # The serial port is Xen's, which shares it with dom0. Dom0's memory is fixed: the rest is for guests.

@@ -73,13 +73,23 @@ fi
 """GRUB's menu on the serial port, under BIOS only: UEFI firmware mirrors its console there by itself."""
 
 
+UNPACKERS = """\
+if [ "$grub_platform" = xen ]; then
+  insmod gzio
+  insmod xzio
+  insmod lzopio
+fi
+"""
+"""In Xen's mode pv GRUB itself unpacks the kernel (10_linux writes the same); elsewhere kernels do that themselves."""
+
+
 def first_config(root: UUID, cmdline: str) -> str:
     """The grub.cfg of a new image. The guest's own update-grub replaces it after a kernel upgrade."""
     return f"""\
 set timeout=1
 insmod part_gpt
 insmod ext2
-search --no-floppy --fs-uuid --set=root {root}
+{UNPACKERS}search --no-floppy --fs-uuid --set=root {root}
 {SERIAL}menuentry 'Debian GNU/Linux' {{
   linux /vmlinuz {cmdline}
   initrd /initrd.img
