@@ -79,7 +79,8 @@ class Accelerator:
 class Capabilities:
     """What a driver can do on this host.
 
-    `missing` maps each verb or feature that it can't do to a reason that a user understands.
+    `missing` maps each verb or feature that it can't do to a reason that a user understands. `memory_mib` is the machine's
+    memory, where this system has but a part of it.
     """
 
     driver: str
@@ -87,6 +88,7 @@ class Capabilities:
     accelerators: tuple[Accelerator, ...]
     modes: tuple[str, ...]
     missing: dict[str, str] = field(default_factory=dict)
+    memory_mib: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,10 @@ class Drivers:
         if vm.alive() or driver is self.xen:
             await driver.kill(vm)
 
+    async def free_memory_mib(self) -> int | None:
+        """Memory that guests can have beside this system's own; None where theirs is of this system's."""
+        return await self.xen.free_memory_mib() if self.xen else None
+
     async def capabilities(self) -> tuple[Capabilities, ...]:
         """What the drivers can do here, the one to be preferred first; probed once."""
         if self._capabilities is None:

@@ -75,8 +75,22 @@ def _xen() -> list[Check]:
     return [
         _checked(
             "xen", lambda: find_program("xl", package="xen-system-amd64"), "polyvisor host prepare xen", "VMs on Xen"
-        )
+        ),
+        _grub_xen(),
     ]
+
+
+def _grub_xen() -> Check:
+    """Whether guests in modes pv and pvh can boot from their disks."""
+    from polyvisor.drivers.xen.loaders import PACKAGE, PROGRAMS, find_loader, missing_loaders
+
+    if lacking := missing_loaders():
+        detail = (
+            f"none for {' and '.join(word.partition('-')[2] for word in lacking)} (for disks that boot in these modes)"
+        )
+        return Check(name="grub-xen", result=CheckResult.WARNING, detail=detail, remedy=install_command(PACKAGE))
+    found = ", ".join(str(find_loader(mode)) for mode in PROGRAMS)
+    return Check(name="grub-xen", result=CheckResult.OK, detail=found)
 
 
 def _is_dom0() -> bool:

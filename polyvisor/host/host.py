@@ -56,9 +56,8 @@ class Host(Mover):
         from polyvisor.host.machine import host_status
 
         states = [status.state for status in await self.vms()]
-        return host_status(
-            self.home, await self.capabilities(), {s.value: states.count(s) for s in VMState if s in states}
-        )
+        counts = {s.value: states.count(s) for s in VMState if s in states}
+        return host_status(self.home, await self.capabilities(), counts, await self.drivers.free_memory_mib())
 
     async def check(self) -> list[Check]:
         from polyvisor.host.doctor import check_host
@@ -113,9 +112,11 @@ class Host(Mover):
         from polyvisor.host.prepare import check_disk_sizes
 
         chosen = choose_accelerator(spec, *await self.capabilities())
-        if spec.memory_mib is not None and spec.memory_mib > (total := total_memory_mib()):
+        xen = await self._xen(chosen)
+        total = (xen and xen.memory_mib) or total_memory_mib()
+        if spec.memory_mib is not None and spec.memory_mib > total:
             raise InvalidInput("memory_mib", spec.memory_mib, f"this host has {total} MiB", hint="ask for less")
-        if xen := await self._xen(chosen):
+        if xen:
             check_networks(spec, xen)
         image = await self.images.ensure(spec.image, progress)
         choose_firmware(spec, image, choose_mode(spec, image, xen), xen)
@@ -152,7 +153,7 @@ class Host(Mover):
 
     async def _start(self, vm: VMDirectory, progress: Progress, *, fresh: bool = False) -> VMStatus:
         from polyvisor.host import prepare
-        from polyvisor.host.plan import choose_accelerator, choose_mode, explain_choice, explain_mode
+        from polyvisor.host.plan import as_booted, choose_accelerator, choose_mode, explain_choice, explain_mode
         from polyvisor.network.ports import with_free_ports
 
         if await self._is_started(vm):
@@ -170,9 +171,11 @@ class Host(Mover):
         chosen = choose_accelerator(record.spec, *capabilities)
         xen = await self._xen(chosen)
         mode = choose_mode(record.spec, image, xen)
-        await prepare.refresh(vm, record, image, self.images.store, self.home.keys, mode)
-        reason = explain_mode(mode, record.spec, xen) if xen else explain_choice(chosen, *capabilities)
-        observed = await with_free_ports(lambda: self._launch(vm, record, image, chosen, reason))
+        packing = self.images.packing(image) if xen else None
+        booted = as_booted(record.spec, image, mode, xen, packing)
+        await prepare.refresh(vm, record, booted, self.images.store, self.home.keys, mode)
+        reason = explain_mode(mode, record.spec, image, booted, xen) if xen else explain_choice(chosen, *capabilities)
+        observed = await with_free_ports(lambda: self._launch(vm, record, image, packing, chosen, reason))
         return self._status_of(vm, observed)
 
     async def _is_started(self, vm: VMDirectory) -> bool:
@@ -213,7 +216,7 @@ class Host(Mover):
             tidy(vm)
 
     async def _launch(
-        self, vm: VMDirectory, record: Record, image: Image, chosen: Accelerator, reason: str
+        self, vm: VMDirectory, record: Record, image: Image, packing: str | None, chosen: Accelerator, reason: str
     ) -> Observed:
         from polyvisor.host.keys import Reserve
         from polyvisor.host.plan import build_boot
@@ -221,6 +224,7 @@ class Host(Mover):
         boot = build_boot(
             *(record, image, self.images.store.directory(image), chosen.name, vm.launch(), str(self.home.path)),
             await self._xen(chosen),
+            packing,
         )
         driver = self.drivers.running(chosen.name)
         command = await driver.command(boot)

@@ -145,5 +145,13 @@ class Images:
 
         return exported(self.store, self.store.get(name))
 
+    def packing(self, image: Image) -> str | None:
+        """How the image's kernel is packed, a key of `bzimage.MAGICS`; None where it has none, or that can't be told."""
+        if image.kernel is None:
+            return None
+        from polyvisor.images.bzimage import packing
+
+        return packing(self.store.file(image, image.kernel))
+
     def remove(self, name: str, users: Callable[[Image], list[str]]) -> None:
         self.store.remove(name, users)

@@ -21,8 +21,14 @@ def total_memory_mib() -> int:
     return _meminfo("MemTotal")
 
 
-def host_status(home: Home, drivers: tuple[Capabilities, ...], vms_by_state: dict[str, int]) -> HostStatus:
-    """The status of this machine; `drivers` is what its drivers found, the preferred first."""
+def host_status(
+    home: Home, drivers: tuple[Capabilities, ...], vms_by_state: dict[str, int], free_mib: int | None = None
+) -> HostStatus:
+    """The status of this machine; `drivers` is what its drivers found, the preferred first.
+
+    `free_mib` is memory for guests where theirs is not of this system's, as on Xen: the machine's is what Xen says then.
+    """
+    total_mib = next((each.memory_mib for each in drivers if each.memory_mib), None)
     try:
         chosen = choose_accelerator(_ANY, *drivers)
         hypervisor, reason = chosen.name, explain_choice(chosen, *drivers)
@@ -35,8 +41,8 @@ def host_status(home: Home, drivers: tuple[Capabilities, ...], vms_by_state: dic
         architecture=system.machine,
         cpus=len(os.sched_getaffinity(0)),
         cpu_model=_cpu_model(),
-        memory_mib=total_memory_mib(),
-        memory_free_mib=_meminfo("MemAvailable"),
+        memory_mib=total_mib or total_memory_mib(),
+        memory_free_mib=_meminfo("MemAvailable") if free_mib is None else free_mib,
         home=str(home.path),
         storage_free_mib=_free_mib(home.path),
         hypervisor=hypervisor,

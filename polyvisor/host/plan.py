@@ -22,6 +22,8 @@ from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, V
 from polyvisor.status import Accelerator, Capabilities
 
 _NO_XEN = Accelerator(name="xen", available=False, reason="this is no Xen host: it has not been booted by Xen")
+GRUB_UNPACKS = frozenset({"gzip", "xz", "lzo", "none"})
+"""How a kernel may be packed that GRUB boots in mode pv, where it has to unpack it (grub-core/loader/i386/xen_fileXX.c)."""
 SEED_DISK = Path("disks/seed.iso")
 SEEDED_INITRD = Path("disks/initrd")
 UEFI_VARIABLES = Path("disks/uefi-vars.fd")
@@ -87,25 +89,52 @@ def choose_mode(spec: VMSpec, image: Image, xen: Capabilities | None = None) -> 
 
 
 def _choose_xen_mode(spec: VMSpec, image: Image, xen: Capabilities) -> Mode:
-    """PVH for a kernel that Xen is given, PV for one on a CPU without virtualization, HVM for what boots by firmware."""
+    """PVH for a kernel that is known, PV for one on a CPU without virtualization, HVM for what boots by firmware."""
     auto = (
         next((mode for mode in (Mode.PVH, Mode.PV) if mode.value in xen.modes), Mode.PV) if image.kernel else Mode.HVM
     )
     mode = auto if spec.mode is Mode.AUTO else spec.mode
     if mode.value not in xen.modes:
         raise InvalidInput("mode", mode.value, xen.missing.get(mode.value, "this Xen does not offer it"))
-    if mode is not Mode.HVM and image.kernel is None:
-        raise InvalidInput("mode", mode.value, f"image '{image.name}' has no kernel to boot directly", hint="use hvm")
+    if mode is Mode.HVM or image.kernel is not None:
+        return mode
+    if reason := xen.missing.get(f"disk-{mode}"):
+        raise InvalidInput("mode", mode.value, f"image '{image.name}' has no kernel beside its disk, and {reason}")
     return mode
 
 
-def explain_mode(mode: Mode, spec: VMSpec, xen: Capabilities) -> str:
-    """Why a VM of Xen got `mode`, in one line."""
+def as_booted(spec: VMSpec, image: Image, mode: Mode, xen: Capabilities | None, packing: str | None) -> Image:
+    """The image as a VM boots from it: without its kernel where, on Xen, GRUB boots the one on the VM's own disk.
+
+    `packing` says how the image's kernel is packed: one that GRUB can't unpack in mode pv is handed over. So it is where the
+    spec has words for the kernel's command line, which otherwise stands on the disk.
+    """
+    if xen is None or mode is Mode.HVM or image.disk is None or f"disk-{mode}" in xen.missing or spec.cmdline:
+        return image
+    if mode is Mode.PV and image.kernel is not None and packing not in GRUB_UNPACKS:
+        return image
+    return replace(image, kernel=None, initrd=None)
+
+
+def explain_mode(mode: Mode, spec: VMSpec, image: Image, booted: Image, xen: Capabilities) -> str:
+    """Why a VM of Xen got `mode`, and which kernel it boots, in one line; `booted` is `image` as it boots."""
     if spec.mode is not Mode.AUTO:
-        return f"mode {mode}: asked for"
-    if mode is Mode.PV:
-        return f"mode pv: {xen.missing.get('pvh', 'this Xen has no pvh')}"
-    return "mode pvh: the image has a kernel" if mode is Mode.PVH else "mode hvm: the image has no kernel of its own"
+        why = "asked for"
+    elif mode is Mode.PV:
+        why = xen.missing.get("pvh", "this Xen has no pvh")
+    else:
+        why = "the image has a kernel" if mode is Mode.PVH else "the image has no kernel of its own"
+    if mode is Mode.HVM or image.disk is None:
+        return f"mode {mode}: {why}"
+    if booted.kernel is None:
+        return f"mode {mode}: {why}; GRUB boots the kernel on the VM's disk"
+    return f"mode {mode}: {why}; the image's kernel is handed over: {_why_handed_over(mode, spec, xen)}"
+
+
+def _why_handed_over(mode: Mode, spec: VMSpec, xen: Capabilities) -> str:
+    if spec.cmdline:
+        return "its command line has words of the spec"
+    return xen.missing.get(f"disk-{mode}", "GRUB can't unpack it in mode pv")
 
 
 def boots_directly(image: Image, mode: Mode) -> bool:
@@ -150,16 +179,18 @@ def build_boot(
     last: Launch | None = None,
     place: str = "",
     xen: Capabilities | None = None,
+    packing: str | None = None,
 ) -> Boot:
     """The `Boot` of a VM: `image_directory` holds the image's files, `last` is how it was last started.
 
-    `place` tells apart private networks of the same name; `xen` is as for `choose_mode`.
+    `place` tells apart private networks of the same name; `xen` is as for `choose_mode`, `packing` as for `as_booted`.
 
     Raises InvalidInput where a port is taken.
     """
     spec = record.spec
     mode = choose_mode(spec, image, xen)
     firmware = choose_firmware(spec, image, mode, xen)
+    image = as_booted(spec, image, mode, xen, packing)
     direct = boots_directly(image, mode)
     return Boot(
         name=spec.name,

@@ -13,7 +13,7 @@ from polyvisor.images.partition import BIOS_BOOT, EFI_SYSTEM, LINUX_ROOT_X86_64,
 from polyvisor.values import dataclass
 
 CONSOLES = "console=tty0 console=hvc0 console=ttyS0,115200"
-"""Kernel messages on all that exist (hvc0 under Xen in modes pv and pvh); the last is /dev/console, logins are on each of them."""
+"""Kernel messages on all that exist (hvc0 on Xen in modes pv and pvh); the last is /dev/console, logins are on every one."""
 XEN_CONSOLES = "console=tty0 console=hvc0"
 """The same for a dom0, whose serial port is Xen's."""
 

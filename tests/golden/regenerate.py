@@ -1,15 +1,14 @@
 """`uv run python -m tests.golden.regenerate`: write the golden files anew, after a wanted change."""
 
-from polyvisor.drivers.xen.config import build_config
 from polyvisor.network.nat import build_rules
 from tests.golden.boots import BOOTS, DIRECTORY, golden, rendered
 from tests.golden.networks import NETWORKS, NETWORKS_DIRECTORY, network_golden
 from tests.golden.setup_plans import PLANS, SETUP_DIRECTORY, shown
-from tests.golden.xl_boots import VM_DIRECTORY, XL_BOOTS, XL_DIRECTORY, xl_golden
+from tests.golden.xl_boots import XL_BOOTS, XL_DIRECTORY, configuration, xl_golden
 
 WANTED = {
     **{golden(name): rendered(boot) for name, boot in BOOTS.items()},
-    **{xl_golden(name): build_config(boot, VM_DIRECTORY) for name, boot in XL_BOOTS.items()},
+    **{xl_golden(name): configuration(name) for name in XL_BOOTS},
     **{network_golden(name): build_rules(network) for name, network in NETWORKS.items()},
     **{SETUP_DIRECTORY / f"{name}.txt": shown(name) for name in PLANS},
 }

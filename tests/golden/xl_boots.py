@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.drivers.base import BootDisk, BootNic
+from polyvisor.drivers.xen.config import build_config
 from polyvisor.spec.vm import DeviceModel, Firmware, Mode, OnReboot
 from tests.golden.boots import AWKWARD, DEBIAN, TINY
 
@@ -21,11 +22,17 @@ XL_BOOTS = {
     "hvm-kernel": replace(_TINY, mode=Mode.HVM),
     "hvm-emulated": replace(DEBIAN, accelerator="xen", devices=DeviceModel.EMULATED),
     "pv-disks": replace(_TINY, mode=Mode.PV, disks=(_DISK, _DISK), seed=Path("disks/seed.iso")),
+    "pv-loader": replace(_TINY, mode=Mode.PV, kernel=None, initrd=None, cmdline="", disks=(_DISK,)),
     "no-cable": replace(_TINY, nics=(BootNic(mac="52:54:00:aa:bb:01", network="none"),)),
     "no-card": replace(_TINY, nics=()),
     "reboot-stops": replace(_TINY, on_reboot=OnReboot.STOP),
     "awkward": replace(_TINY, kernel=AWKWARD / "kernel", cmdline='a="b" c=\\n on_crash = "preserve"', disks=(_DISK,)),
 }
+
+
+def configuration(name: str) -> str:
+    """The configuration of one of them; guests that are given no kernel get a GRUB where they need one."""
+    return build_config(XL_BOOTS[name], VM_DIRECTORY, Path("/usr/lib/grub-xen/grub-x86_64-xen.bin"))
 
 
 def xl_golden(name: str) -> Path:

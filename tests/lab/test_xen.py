@@ -8,19 +8,25 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from polyvisor.errors import InvalidInput, Unsupported, WrongState
 from polyvisor.home import Home
 from polyvisor.host.api import HostApi
+from polyvisor.host.host import Host
+from polyvisor.images.image import Image
+from polyvisor.images.store import ImageStore
 from polyvisor.lab.lab import Lab
 from polyvisor.network.nat import NAT_CARDS, PRIVATE_CARDS
 from polyvisor.remote.host import RemoteHost
+from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import Hypervisor, Mode, Nic, VMSpec
 from polyvisor.ssh import execute
 from polyvisor.status import VMState
 from tests.contract.guest import guest
+from tests.lab.grub_disk import CONFIG, build_grub_disk
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]
 BOOT_S = 300.0
@@ -119,6 +125,37 @@ async def test_mode_auto_says_why(xen: HostApi) -> None:
     with pytest.raises(Unsupported, match="saving VMs of Xen"):
         await xen.save(spec.name)
     await xen.remove(spec.name, force=True)
+
+
+@pytest.fixture(scope="module")
+async def disk_image(cache: Path, image_store: ImageStore) -> Image:
+    return await build_grub_disk(image_store, cache / "home" / "cache", "grub-disk")
+
+
+@pytest.mark.parametrize("mode", [Mode.PVH, Mode.PV])
+async def test_a_disk_boots_by_the_kernel_that_is_on_it_by_now(
+    cache: Path, xen: HostApi, disk_image: Image, mode: Mode
+) -> None:
+    """What the guest changes there takes effect at its next boot, in one domain after another."""
+    await copy_image(Host(Home(cache / "home")), disk_image.name, xen)
+    spec = VMSpec(name=f"disk-{uuid.uuid4().hex[:6]}", image=disk_image.name, mode=mode, nics=())
+    try:
+        assert (await xen.run(spec)).mode == mode
+        assert (await xen.show(spec.name)).hypervisor_reason == (
+            f"mode {mode}: asked for; GRUB boots the kernel on the VM's disk"
+        )
+        await _says(xen, spec.name, "login:")
+        assert await _typed(xen, spec.name, "root\n", "#")
+        change = (
+            f"mount /dev/xvda1 /mnt && sed -i s/word=first/word=second/ /mnt/{CONFIG} && umount /mnt && echo do''ne\n"
+        )
+        assert await _typed(xen, spec.name, change, "done")
+        assert await _typed(xen, spec.name, "cat /proc/cmdline; reboot\n", "word=first")
+        await _says(xen, spec.name, "login:", 2)
+        assert await _typed(xen, spec.name, "root\n", "#")
+        assert await _typed(xen, spec.name, "cat /proc/cmdline\n", "word=second")
+    finally:
+        await xen.remove(spec.name, force=True)
 
 
 async def _on_host(lab: Lab, script: str) -> str:

@@ -141,7 +141,7 @@ class Lan:
             script = self.scratch / "lease.sh"
             script.write_text(
                 '#!/bin/sh\n[ "$1" = bound ] || exit 0\nip address add $ip/$mask dev $interface\n'
-                'ip route replace default via $router\n'
+                "ip route replace default via $router\n"
             )
             script.chmod(0o755)
             place("busybox", "udhcpc", "-i", card, "-n", "-q", "-t", "10", "-T", "1", "-s", str(script))

@@ -17,7 +17,15 @@ from tests.unit.setups import OS_RELEASES, UNKNOWN, XEN_ENTRY, facts, grub
 
 UNDO = Wish(kind=HostKind.XEN, undo=True)
 ALL_XEN = facts().installed | {
-    *("xen-system-amd64", "xen-hypervisor-common", "qemu-system-xen", "qemu-utils", "nftables", "dnsmasq-base")
+    *(
+        "xen-system-amd64",
+        "xen-hypervisor-common",
+        "qemu-system-xen",
+        "grub-xen-host",
+        "qemu-utils",
+        "nftables",
+        "dnsmasq-base",
+    )
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polyvisor.drivers.base import Boot, BootDisk
 from polyvisor.drivers.xen.config import build_config, quoted
 from polyvisor.errors import InvalidInput
-from tests.golden.xl_boots import VM_DIRECTORY, XL_BOOTS, XL_DIRECTORY, xl_golden
+from tests.golden.xl_boots import VM_DIRECTORY, XL_BOOTS, XL_DIRECTORY, configuration, xl_golden
 from tests.unit.specs import QUICK
 
 _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')  # libxlu_cfg_l.l
@@ -21,8 +21,7 @@ _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')  # libxlu_cfg_l.l
 
 @pytest.mark.parametrize("name", XL_BOOTS)
 def test_a_configuration_is_as_its_golden_file(name: str) -> None:
-    made = build_config(XL_BOOTS[name], VM_DIRECTORY)
-    assert made == xl_golden(name).read_text(), "if wanted: uv run python -m tests.golden.regenerate"
+    assert configuration(name) == xl_golden(name).read_text(), "if wanted: uv run python -m tests.golden.regenerate"
 
 
 def test_every_golden_file_belongs_to_a_boot() -> None:

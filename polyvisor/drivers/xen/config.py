@@ -21,8 +21,10 @@ CONSOLE_LOG = "run/console.log"
 IDE_PLACES = 4
 
 
-def build_config(boot: Boot, directory: Path) -> str:
+def build_config(boot: Boot, directory: Path, loader: Path | None = None) -> str:
     """The text that makes `xl create` start `boot`, whose relative paths are relative to `directory`.
+
+    `loader` boots a guest in mode pv or pvh that is given no kernel from its disk.
 
     Raises InvalidInput for a path that no such text can carry.
     """
@@ -33,7 +35,7 @@ def build_config(boot: Boot, directory: Path) -> str:
         ("vcpus", str(boot.vcpus)),
         ("memory", str(boot.memory_mib)),
         ("maxmem", str(boot.memory_mib)),
-        *_kernel(boot, directory),
+        *_kernel(boot, directory, loader),
         *_ends(boot),
         *(_hvm(boot) if boot.mode is Mode.HVM else []),
         ("disk", _list(_disks(boot, directory))),
@@ -57,9 +59,9 @@ def _list(strings: Iterable[str]) -> str:
     return f"[ {', '.join(items)} ]" if items else "[ ]"
 
 
-def _kernel(boot: Boot, directory: Path) -> list[tuple[str, str]]:
+def _kernel(boot: Boot, directory: Path, loader: Path | None) -> list[tuple[str, str]]:
     if boot.kernel is None:
-        return []
+        return [] if loader is None or boot.mode is Mode.HVM else [("kernel", quoted(str(loader)))]
     settings = [("kernel", quoted(str(directory / boot.kernel)))]
     if boot.initrd is not None:
         settings.append(("ramdisk", quoted(str(directory / boot.initrd))))

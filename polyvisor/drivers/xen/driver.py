@@ -12,6 +12,7 @@ import fcntl
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
@@ -19,6 +20,7 @@ from polyvisor.drivers.xen import xl
 from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config
 from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
 from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_errors, read_log
+from polyvisor.drivers.xen.loaders import find_loader, missing_loaders
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
 from polyvisor.files import storage_errors, write_atomic
@@ -64,6 +66,13 @@ class XenDriver:
         self._version = found.version
         return found
 
+    async def free_memory_mib(self) -> int | None:
+        """Memory of the machine that no domain has; None where Xen does not answer."""
+        try:
+            return (await xl.info()).free_memory_mib
+        except PolyvisorError:
+            return None
+
     async def command(self, boot: Boot) -> Command:
         """The exact command that `start` runs; the configuration that it reads is written then."""
         version = self._version or (await xl.info()).version
@@ -100,7 +109,7 @@ class XenDriver:
         """
         with storage_errors(f"starting VM '{vm.name}'"):
             alive = _locked(vm, held)
-            write_atomic(vm.path / CONFIG, build_config(boot, vm.path))
+            write_atomic(vm.path / CONFIG, build_config(boot, vm.path, _loader(boot)))
             (vm.path / CONSOLE_SOCKET).unlink(missing_ok=True)
         ports = [held.enter_context(hold_port(forward)) for nic in boot.nics for forward in nic.forwards]
         if cards := _cards(vm, boot):
@@ -266,6 +275,15 @@ class XenDriver:
                 raise WrongState(f"VM '{vm.name}' has no domain at this moment", hint="try again")
             await pause(_POLL_S)
         return domain
+
+
+def _loader(boot: Boot) -> Path | None:
+    """What boots a guest from its disk that has neither firmware nor a kernel of the image; raises Unavailable."""
+    if boot.kernel is not None or boot.mode is Mode.HVM:
+        return None
+    if found := find_loader(boot.mode):
+        return found
+    raise Unavailable(missing_loaders()[f"disk-{boot.mode}"])
 
 
 async def _find(vm: VMDirectory) -> Domain | None:

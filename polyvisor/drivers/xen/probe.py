@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from polyvisor.drivers.xen import xl
 from polyvisor.drivers.xen.dom0 import is_dom0
+from polyvisor.drivers.xen.loaders import missing_loaders
 from polyvisor.errors import PolyvisorError
 from polyvisor.network.bridge import missing_programs
 from polyvisor.status import Accelerator, Capabilities
@@ -32,7 +33,8 @@ async def probe() -> Capabilities | None:
             Accelerator(name="xen", available=True, reason=f"virt_caps: {' '.join(info.virt_caps) or 'none'}"),
         ),
         modes=info.modes,
-        missing={**MISSING, **xl.missing_modes(info.modes), **_networks()},
+        missing={**MISSING, **xl.missing_modes(info.modes), **missing_loaders(), **_networks()},
+        memory_mib=info.total_memory_mib,
     )
 
 

@@ -47,8 +47,11 @@ _DEBIAN_TOOLS = ("qemu-utils", "openssh-client", "gpgv")
 _DEBIAN_KVM = ("qemu-system-x86", "ovmf", *_DEBIAN_TOOLS)
 _DEBIAN_NET = ("nftables", "dnsmasq-base", "iproute2")
 # "a|b" is the first of the two that the release has. Ubuntu has called the QEMU of Xen guests by both names.
-_DEBIAN_XEN = ("xen-system-amd64", "qemu-system-xen", *_DEBIAN_TOOLS, *_DEBIAN_NET)
-_UBUNTU_XEN = ("xen-system-amd64", "qemu-system-xen|qemu-system-x86-xen", *_DEBIAN_TOOLS, *_DEBIAN_NET)
+_DEBIAN_XEN = ("xen-system-amd64", "qemu-system-xen", "grub-xen-host", *_DEBIAN_TOOLS, *_DEBIAN_NET)
+_UBUNTU_XEN = (
+    *("xen-system-amd64", "qemu-system-xen|qemu-system-x86-xen", "grub-xen-host"),
+    *(*_DEBIAN_TOOLS, *_DEBIAN_NET),
+)
 _SUSE_TOOLS = ("qemu-tools", "openssh-clients", "gpg2")
 _SUSE_KVM = ("qemu-x86", "qemu-ovmf-x86_64", *_SUSE_TOOLS)
 _SUSE_XEN = ("xen", "xen-tools", "qemu-x86", "nftables", "dnsmasq", "iproute2", *_SUSE_TOOLS)
