@@ -27,6 +27,11 @@ class VMState(StrEnum):
         """True where the VM occupies memory: it runs, is paused, or does not answer."""
         return self in (VMState.RUNNING, VMState.PAUSED, VMState.UNRESPONSIVE)
 
+    @property
+    def keeps_devices(self) -> bool:
+        """True where it goes on with what it was started with: it is alive, or saved."""
+        return self.alive or self is VMState.SAVED
+
 
 @dataclass(frozen=True, kw_only=True)
 class VMStatus:
@@ -34,7 +39,8 @@ class VMStatus:
 
     `reason` says why a VM crashed or does not answer. `hypervisor` and `mode` are what it runs on, or, where it is
     not running, what it last ran on; None before its first start. `created_at` and `started_at` are in seconds since
-    the epoch.
+    the epoch. `vcpus` and `memory_mib` are what it was given, or, where it is not alive, will be; `pending` names settings that
+    the next boot alone can put in force.
     """
 
     name: str
@@ -51,10 +57,41 @@ class VMStatus:
     started_at: float | None = None
     forwards: tuple[Forward, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
+    pending: tuple[str, ...] = ()
 
     @property
     def running(self) -> bool:
         return self.state is VMState.RUNNING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a VM that is alive really has at this moment, as its hypervisor says; None where that can't be told."""
+
+    vcpus: int | None = None
+    memory_mib: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A setting that is another one at the next boot: it is `now` one value, and `then` another."""
+
+    setting: str
+    now: str
+    then: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resized:
+    """What came of a `set`: names of the settings that are in force as asked for, and all that wait for the next boot.
+
+    `reasons` says of settings that were asked for why they wait.
+    """
+
+    status: VMStatus
+    applied: tuple[str, ...] = ()
+    pending: tuple[Pending, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +116,9 @@ class Accelerator:
 class Capabilities:
     """What a driver can do on this host.
 
-    `missing` maps each verb or feature that it can't do to a reason that a user understands. `memory_mib` is the machine's
-    memory, where this system has but a part of it.
+    `missing` maps each verb or feature that it can't do to a reason that a user understands; a key that ends in the name of an
+    accelerator or a mode is about those alone. `cpus` are the host's, as 0-3, to which VMs can be pinned. `memory_mib` is the
+    machine's memory, where this system has but a part of it.
     """
 
     driver: str
@@ -88,7 +126,13 @@ class Capabilities:
     accelerators: tuple[Accelerator, ...]
     modes: tuple[str, ...]
     missing: dict[str, str] = field(default_factory=dict)
+    cpus: str = ""
     memory_mib: int | None = None
+
+    def refusal(self, feature: str, hypervisor: str | None = None, mode: str | None = None) -> str | None:
+        """Why `feature` is missing here, on that hypervisor and in that mode, or None."""
+        keys = (feature, f"{feature}-{hypervisor}", f"{feature}-{mode}")
+        return next((self.missing[key] for key in keys if key in self.missing), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ VERBS = {
     "resume": ("lifecycle", "let paused VMs go on"),
     "save": ("lifecycle", "write the memory of VMs to disk and end them, until they are started"),
     "move": ("move", "carry stopped VMs to other hosts"),
+    "set": ("set", "change vCPUs, memory and CPU shares of a VM, also while it runs"),
     "rm": ("lifecycle", "delete VMs and their disks"),
     "console": ("console", "attach to the serial console"),
     "logs": ("console", "print what the serial console has said"),

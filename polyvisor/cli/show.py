@@ -10,7 +10,7 @@ from polyvisor.cli.parser import seconds
 from polyvisor.cli.table import age, memory, pairs, table
 from polyvisor.errors import NotFound, one_line
 from polyvisor.host.api import Details
-from polyvisor.spec.vm import Nic, check_name
+from polyvisor.spec.vm import Nic, VMSpec, check_name
 from polyvisor.ssh import READY_S
 from polyvisor.status import Saved, VMState, VMStatus
 
@@ -81,9 +81,14 @@ def _row(status: VMStatus) -> tuple[str, ...]:
     on = f"{status.hypervisor}/{status.mode}" if status.hypervisor else ""
     port = next((f"{f.host_address}:{f.host_port}" for f in status.forwards if f.guest_port == 22), "")
     up = age(status.started_at) if status.state.alive else ""
-    amount = memory(status.memory_mib) if status.memory_mib else ""
-    cpus = str(status.vcpus or "")
+    amount = f"{memory(status.memory_mib)}{_mark(status, 'memory')}" if status.memory_mib else ""
+    cpus = f"{status.vcpus}{_mark(status, 'vcpus', 'cpu')}" if status.vcpus else ""
     return (status.name, status.state.value, status.image or "", on, cpus, amount, port, up, status.reason or "")
+
+
+def _mark(status: VMStatus, *kinds: str) -> str:
+    """A star at what the next boot changes; `show` tells more."""
+    return "*" if any(setting.startswith(kinds) for setting in status.pending) else ""
 
 
 def describe(status: VMStatus) -> str:
@@ -115,8 +120,10 @@ def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
             if status.hypervisor
             else "not started yet",
         ),
-        ("vcpus", str(spec.vcpus)),
-        ("memory", memory(status.memory_mib)),
+        ("vcpus", _vcpus(details)),
+        ("memory", _memory(details)),
+        *_share_lines(spec),
+        *(("pending", f"{p.setting}: {p.now} now, {p.then} at the next boot") for p in details.pending),
         ("devices", spec.devices.value),
         *(
             (f"disk {i}", f"{disk.size_gib} GiB" if disk.size_gib else "as the image")
@@ -135,6 +142,27 @@ def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
         ("directory", details.directory),
     ]
     return [*lines, ("command", shlex.join(details.argv or ()))] if debug else lines
+
+
+def _vcpus(details: Details) -> str:
+    has = details.usage.vcpus if details.usage and details.usage.vcpus is not None else details.status.vcpus
+    most = details.spec.vcpus_max
+    return f"{has}, at most {most}" if most else str(has)
+
+
+def _memory(details: Details) -> str:
+    has = details.usage.memory_mib if details.usage else None
+    given, most = details.status.memory_mib, details.spec.memory_max_mib
+    really = f" (it has {memory(has)})" if has is not None and has != given else ""
+    return memory(given) + really + (f", at most {memory(most)}" if most else "")
+
+
+def _share_lines(spec: VMSpec) -> list[tuple[str, str]]:
+    """What is not as by default."""
+    plain = VMSpec(name=spec.name, image=spec.image)
+    names = ("cpu_weight", "cpu_limit", "cpu_affinity")
+    wanted = {name: getattr(spec, name) for name in names if getattr(spec, name) != getattr(plain, name)}
+    return [(name.replace("_", " "), f"{value}{'%' if name == 'cpu_limit' else ''}") for name, value in wanted.items()]
 
 
 def _saved_lines(saved: Saved | None) -> list[tuple[str, str]]:

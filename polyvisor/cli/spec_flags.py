@@ -48,6 +48,7 @@ def spec_from_flags(options: argparse.Namespace, name: str) -> VMSpec:
     }
     readers: dict[str, Callable[[Any], Any]] = {
         "memory_mib": lambda v: size_mib(v, "memory"),
+        "memory_max_mib": lambda v: size_mib(v, "memory_max"),
         "disks": lambda v: tuple(_disk(item, f"disks[{i}]") for i, item in enumerate(v)),
         "nics": lambda v: tuple(structure({"network": item}, Nic, f"nics[{i}]") for i, item in enumerate(v)),
         "ssh_keys": _keys,
@@ -93,16 +94,17 @@ def _options(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     about: dict[str, Any] = {"help": field.metadata["about"], "default": None}
     if isinstance(kind, type) and issubclass(kind, Enum):
         return {**about, "type": _choice(kind, field.name), "metavar": "|".join(member.value for member in kind)}
-    if kind is int:
-        return {**about, "type": _whole(field.name), "metavar": "N"}
-    metavars = {"memory_mib": "SIZE", "disks": "SIZE", "nics": "NETWORK", "labels": "KEY=VALUE", "user_data": "FILE"}
+    if kind is int or field.name in ("vcpus_max", "cpu_limit"):
+        return {**about, "type": whole(field.name), "metavar": "PERCENT" if field.name == "cpu_limit" else "N"}
+    metavars = {"memory_mib": "SIZE", "memory_max_mib": "SIZE", "disks": "SIZE", "nics": "NETWORK"}
+    metavars |= {"labels": "KEY=VALUE", "user_data": "FILE", "cpu_affinity": "CPUS"}
     about["metavar"] = metavars.get(field.name, field.name.removesuffix("s").upper())
     if field.name in ("disks", "nics", "ssh_keys", "labels"):
         about |= {"action": "append", "help": f"{about['help']} (may be repeated)"}
     return about
 
 
-def _whole(field: str) -> Any:
+def whole(field: str) -> Any:
     """A reader of whole numbers whose errors are ours, not argparse's."""
 
     def read(text: str) -> int:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 from polyvisor.host.record import Launch
 from polyvisor.host.store import VMDirectory
 from polyvisor.operation import Progress
+from polyvisor.spec.cpus import ALL_CPUS
 from polyvisor.spec.forward import Forward
+from polyvisor.spec.resources import NORMAL_WEIGHT, Resources
 from polyvisor.spec.vm import DeviceModel, Firmware, Mode, OnReboot
-from polyvisor.status import Capabilities, VMState
+from polyvisor.status import Capabilities, Usage, VMState
 from polyvisor.values import dataclass
 
 if TYPE_CHECKING:
@@ -68,6 +70,23 @@ class Boot:
     nics: tuple[BootNic, ...] = ()
     seed: Path | None = None
     uefi_vars: Path | None = None
+    vcpus_max: int | None = None
+    memory_max_mib: int | None = None
+    cpu_weight: int = NORMAL_WEIGHT
+    cpu_limit: int | None = None
+    cpu_affinity: str = ALL_CPUS
+
+    @property
+    def resources(self) -> Resources:
+        return Resources(
+            vcpus=self.vcpus,
+            vcpus_max=self.vcpus_max or self.vcpus,
+            memory_mib=self.memory_mib,
+            memory_max_mib=self.memory_max_mib or self.memory_mib,
+            cpu_weight=self.cpu_weight,
+            cpu_limit=self.cpu_limit,
+            cpu_affinity=self.cpu_affinity,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +164,12 @@ class Driver(Protocol):
         Returns what `restore_command` needs to make the very same machine later. Raises WrongState, Unsupported, StorageFull.
         """
 
-    async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
+    async def restore_command(
+        self, launch: Launch, machine: str, nics: tuple[BootNic, ...], vcpus: int | None = None
+    ) -> Command:
         """The command that starts a VM which was saved while it ran as in `launch`; raises CannotStart, Unavailable.
 
-        `machine` is what `save` returned; ports of the host are those of `nics`.
+        `machine` is what `save` returned, `vcpus` how many it had then; ports of the host are those of `nics`.
         """
 
     async def restore(
@@ -164,3 +185,21 @@ class Driver(Protocol):
 
     async def remove_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         """Close it again."""
+
+    async def usage(self, vm: VMDirectory) -> Usage:
+        """What a VM that is alive really has. Needs no lock."""
+
+    async def set_vcpus(self, vm: VMDirectory, count: int) -> None:
+        """Give a running VM `count` vCPUs, at most as many as it was started with room for.
+
+        Raises TimedOut where the guest does not take part. This and the next two may be repeated.
+        """
+
+    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
+        """Give a running VM so much memory, at most as much as it was started with room for.
+
+        Raises WrongState where the guest can't spare it, or does not listen; TimedOut where it gives less.
+        """
+
+    async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
+        """Put weight, limit and affinity of a VM that is alive in force."""

@@ -20,8 +20,9 @@ from polyvisor.host.setup.wish import Wish
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
+from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, Saved, Setup, VMStatus
+from polyvisor.status import Check, Event, HostStatus, Pending, Resized, Saved, Setup, Usage, VMStatus
 from polyvisor.values import dataclass
 
 if TYPE_CHECKING:  # it is rarely needed, and takes a millisecond
@@ -48,7 +49,10 @@ class SSHTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """One VM in full: its status, its spec, the command that runs it (None before the first start), what is saved of it."""
+    """One VM in full: its status, its spec, the command that runs it (None before the first start), what is saved of it.
+
+    `usage` is what it really has while it is alive; `pending` what its next boot changes.
+    """
 
     status: VMStatus
     spec: VMSpec
@@ -57,6 +61,8 @@ class Details:
     argv: tuple[str, ...] | None
     directory: str
     saved: Saved | None = None
+    usage: Usage | None = None
+    pending: tuple[Pending, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +203,12 @@ class HostApi(Protocol):
 
     async def arrival_cancel(self, name: str, token: str) -> None:
         """Remove what has arrived by the move with this `token`, and is held still."""
+
+    async def set(self, name: str, changes: Changes) -> Resized:
+        """Change vCPUs, memory and CPU shares: in the spec, and at once where that is possible while the VM is alive.
+
+        Raises WrongState, TimedOut where the guest does not take part, Unsupported, InvalidInput; then nothing has changed.
+        """
 
     # Inside the VM
 

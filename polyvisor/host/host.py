@@ -17,20 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
-from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError, Unsupported, WrongState
+from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
 from polyvisor.host.images import Images
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
+from polyvisor.host.observed import status_of
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.setup.wish import Wish
 from polyvisor.host.store import VMDirectory, VMStore
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward
+from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Accelerator, Capabilities, Check, Event, HostStatus, Setup, VMState, VMStatus
+from polyvisor.status import (
+    Accelerator,
+    Capabilities,
+    Check,
+    Event,
+    HostStatus,
+    Resized,
+    Setup,
+    VMState,
+    VMStatus,
+)
 from polyvisor.waiting import event_loop, pause
 
 if TYPE_CHECKING:
@@ -107,18 +119,16 @@ class Host(Mover):
 
     async def _check(self, spec: VMSpec, progress: Progress) -> Image:
         """Everything that can be wrong with `spec` on this host, changing nothing but the image store."""
-        from polyvisor.host.machine import total_memory_mib
+        from polyvisor.host.machine import check_room
         from polyvisor.host.plan import check_devices, check_networks, choose_accelerator, choose_firmware, choose_mode
         from polyvisor.host.prepare import check_disk_sizes
 
         chosen = choose_accelerator(spec, *await self.capabilities())
-        xen = await self._xen(chosen)
-        total = (xen and xen.memory_mib) or total_memory_mib()
-        if spec.memory_mib is not None and spec.memory_mib > total:
-            raise InvalidInput("memory_mib", spec.memory_mib, f"this host has {total} MiB", hint="ask for less")
-        if xen:
+        check_room(spec, spec.memory_mib or 0, chosen.name, await self.capabilities())
+        if xen := await self._xen(chosen):
             check_networks(spec, xen)
         image = await self.images.ensure(spec.image, progress)
+        check_room(spec, spec.memory_mib or image.memory_mib, chosen.name, await self.capabilities())
         choose_firmware(spec, image, choose_mode(spec, image, xen), xen)
         check_devices(spec, image)
         check_disk_sizes(spec, image)
@@ -153,6 +163,7 @@ class Host(Mover):
 
     async def _start(self, vm: VMDirectory, progress: Progress, *, fresh: bool = False) -> VMStatus:
         from polyvisor.host import prepare
+        from polyvisor.host.machine import check_room
         from polyvisor.host.plan import as_booted, choose_accelerator, choose_mode, explain_choice, explain_mode
         from polyvisor.network.ports import with_free_ports
 
@@ -169,6 +180,7 @@ class Host(Mover):
         image = self.images.store.by_id(record.image_id)
         capabilities = await self.capabilities()
         chosen = choose_accelerator(record.spec, *capabilities)
+        check_room(record.spec, record.memory_mib, chosen.name, capabilities)
         xen = await self._xen(chosen)
         mode = choose_mode(record.spec, image, xen)
         packing = self.images.packing(image) if xen else None
@@ -176,7 +188,7 @@ class Host(Mover):
         await prepare.refresh(vm, record, booted, self.images.store, self.home.keys, mode)
         reason = explain_mode(mode, record.spec, image, booted, xen) if xen else explain_choice(chosen, *capabilities)
         observed = await with_free_ports(lambda: self._launch(vm, record, image, packing, chosen, reason))
-        return self._status_of(vm, observed)
+        return status_of(vm, observed)
 
     async def _is_started(self, vm: VMDirectory) -> bool:
         """Whether the VM is alive; a restore of it that was cut off is finished, or undone where memory is missing still."""
@@ -189,6 +201,10 @@ class Host(Mover):
                 await self.drivers.of(vm).kill(vm)
                 return False
             await saved.finish(vm, self.drivers.of(vm))
+        elif vm.record.spec.memory_max_mib:
+            from polyvisor.host.resize import settle
+
+            await settle(vm, self.drivers.of(vm))
         return True
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
@@ -238,6 +254,7 @@ class Host(Mover):
                 mode=boot.mode.value,
                 argv=command.argv,
                 forwards=tuple(forward for nic in boot.nics for forward in nic.forwards),
+                resources=boot.resources,
             )
         )
         async with Reserve(self.home.keys) as reserve:
@@ -314,11 +331,13 @@ class Host(Mover):
         return [status for status in statuses if status is not None]
 
     async def show(self, name: str) -> Details:
+        from polyvisor.host import resize
         from polyvisor.host.plan import derived_mac
         from polyvisor.host.saved import describe
 
         vm = self.store.get(name)
         record, launch, status = vm.record, vm.launch(), await self._status(vm)
+        usage = await resize.observed_usage(vm, self.drivers.of(vm), status)
         return Details(
             status=status,
             spec=record.spec,
@@ -327,6 +346,8 @@ class Host(Mover):
             argv=launch.argv if launch else None,
             directory=str(vm.path),
             saved=describe(vm) if status.state is VMState.SAVED else None,
+            usage=usage,
+            pending=resize.waiting(record, launch, status.state, usage),
         )
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:
@@ -345,9 +366,7 @@ class Host(Mover):
     async def _status_or_reason(self, vm: VMDirectory, *, alive: bool) -> VMStatus | None:
         """The status of a VM in a list: one that can't be read is shown with the reason, one just removed is left out."""
         try:
-            return self._status_of(
-                vm, await self.drivers.of(vm).inspect(vm) if alive else self.drivers.of(vm).ended(vm)
-            )
+            return status_of(vm, await self.drivers.of(vm).inspect(vm) if alive else self.drivers.of(vm).ended(vm))
         except NotFound:
             return None
         except PolyvisorError as error:
@@ -362,31 +381,7 @@ class Host(Mover):
             )
 
     async def _status(self, vm: VMDirectory) -> VMStatus:
-        return self._status_of(vm, await self.drivers.of(vm).inspect(vm))
-
-    def _status_of(self, vm: VMDirectory, observed: Observed) -> VMStatus:
-        record, launch = vm.record, vm.launch()
-        alive = observed.state.alive
-        if observed.state is not VMState.RUNNING:
-            from polyvisor.host.observed import with_saved
-
-            observed = with_saved(vm, observed)
-        return VMStatus(
-            name=vm.name,
-            id=record.id,
-            state=observed.state,
-            reason=observed.reason,
-            image=record.spec.image,
-            hypervisor=launch.hypervisor if launch else None,
-            mode=launch.mode if launch else None,
-            vcpus=record.spec.vcpus,
-            memory_mib=record.memory_mib,
-            pid=observed.pid,
-            created_at=record.created_at,
-            started_at=launch.started_at if launch and alive else None,
-            forwards=launch.forwards if launch and alive else (),
-            labels=record.spec.labels,
-        )
+        return status_of(vm, await self.drivers.of(vm).inspect(vm))
 
     # Ports
 
@@ -403,6 +398,12 @@ class Host(Mover):
         async with self._locked(name, "forward") as vm:
             await forwards.remove(vm, self.drivers.of(vm), forward)
             return await self._status(VMDirectory(vm.path))
+
+    async def set(self, name: str, changes: Changes) -> Resized:
+        from polyvisor.host.resize import change
+
+        async with self._locked(name, "set") as vm:
+            return await change(self, vm, changes)
 
     # Inside the VM
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from polyvisor.errors import Unsupported
 from polyvisor.home import Home
-from polyvisor.host.plan import choose_accelerator, explain_choice
+from polyvisor.host.plan import check_resources, choose_accelerator, explain_choice
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import Capabilities, HostStatus
 
@@ -19,6 +19,13 @@ _ANY = VMSpec(name="any", image="any")
 def total_memory_mib() -> int:
     """Memory of this host, in MiB."""
     return _meminfo("MemTotal")
+
+
+def check_room(spec: VMSpec, memory_mib: int, accelerator: str, drivers: tuple[Capabilities, ...]) -> Capabilities:
+    """The driver of `accelerator`, which can give what `spec` asks for; raises InvalidInput, Unsupported."""
+    driver = next(each for each in drivers if accelerator in [one.name for one in each.accelerators])
+    check_resources(spec, memory_mib, driver, driver.memory_mib or total_memory_mib())
+    return driver
 
 
 def host_status(

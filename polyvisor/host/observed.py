@@ -1,4 +1,4 @@
-"""What a VM's directory says of its memory, and of its way to another host, beside what its driver has observed."""
+"""The status of a VM: what its driver has observed, and what its directory says of its memory, its resources and its moves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,38 @@ from dataclasses import replace
 
 from polyvisor.drivers.base import Observed
 from polyvisor.host.store import VMDirectory
-from polyvisor.status import VMState
+from polyvisor.status import VMState, VMStatus
+
+
+def status_of(vm: VMDirectory, observed: Observed) -> VMStatus:
+    """The status of a VM that its driver has `observed`."""
+    record, launch = vm.record, vm.launch()
+    alive = observed.state.alive
+    if observed.state is not VMState.RUNNING:
+        observed = with_saved(vm, observed)
+    given = launch.resources if launch and observed.state.keeps_devices else None
+    pending: tuple[str, ...] = ()
+    if launch is not None and given is not None:
+        from polyvisor.host.resize import waiting
+
+        pending = tuple(each.setting for each in waiting(record, launch, observed.state))
+    return VMStatus(
+        name=vm.name,
+        id=record.id,
+        state=observed.state,
+        reason=observed.reason,
+        image=record.spec.image,
+        hypervisor=launch.hypervisor if launch else None,
+        mode=launch.mode if launch else None,
+        vcpus=given.vcpus if given else record.spec.vcpus,
+        memory_mib=given.memory_mib if given else record.memory_mib,
+        pid=observed.pid,
+        created_at=record.created_at,
+        started_at=launch.started_at if launch and alive else None,
+        forwards=launch.forwards if launch and alive else (),
+        labels=record.spec.labels,
+        pending=pending,
+    )
 
 
 def with_saved(vm: VMDirectory, observed: Observed) -> Observed:

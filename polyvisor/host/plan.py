@@ -17,8 +17,10 @@ from polyvisor.host.record import Launch, Record
 from polyvisor.images.image import Image, Seed
 from polyvisor.network.ports import chosen_forwards, wanted_forwards
 from polyvisor.network.private import multicast_group
+from polyvisor.spec.cpus import ALL_CPUS, parse_cpus, show_cpus
 from polyvisor.spec.forward import Forward
-from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, VMSpec
+from polyvisor.spec.resources import NORMAL_WEIGHT, Resources
+from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, VMSpec, check_most
 from polyvisor.status import Accelerator, Capabilities
 
 _NO_XEN = Accelerator(name="xen", available=False, reason="this is no Xen host: it has not been booted by Xen")
@@ -171,6 +173,45 @@ def check_networks(spec: VMSpec, capabilities: Capabilities) -> None:
             raise Unsupported(f"network: {nic.network}: {reason}", hint="use network: none")
 
 
+def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
+    """What a VM of `spec` is started with; `memory_mib` is what it has where the spec leaves that to its image."""
+    return Resources(
+        vcpus=spec.vcpus,
+        vcpus_max=spec.vcpus_max or spec.vcpus,
+        memory_mib=memory_mib,
+        memory_max_mib=spec.memory_max_mib or memory_mib,
+        cpu_weight=spec.cpu_weight,
+        cpu_limit=spec.cpu_limit,
+        cpu_affinity=spec.cpu_affinity,
+    )
+
+
+def check_resources(spec: VMSpec, memory_mib: int, capabilities: Capabilities, total_mib: int) -> None:
+    """Raise InvalidInput, Unsupported where a host of `total_mib`, with such a driver, can't give what is asked."""
+    wanted = resources_of(spec, memory_mib)
+    check_most("memory_mib", memory_mib, wanted.memory_max_mib)
+    for key in ("memory_mib", "memory_max_mib"):
+        if (asked := getattr(spec, key)) is not None and asked > total_mib:
+            raise InvalidInput(key, asked, f"this host has {total_mib} MiB", hint="ask for less")
+    if spec.devices is DeviceModel.EMULATED and wanted.memory_max_mib > memory_mib:
+        problem = "emulated devices have no balloon, through which memory changes"
+        raise InvalidInput(
+            "memory_max_mib", wanted.memory_max_mib, problem, hint="leave it out, or devices: paravirtual"
+        )
+    for key, differs in (
+        ("cpu_weight", wanted.cpu_weight != NORMAL_WEIGHT),
+        ("cpu_limit", wanted.cpu_limit is not None),
+        ("cpu_affinity", wanted.cpu_affinity != ALL_CPUS),
+    ):
+        if differs and (reason := capabilities.refusal(key.replace("_", "-"))):
+            raise Unsupported(f"{key}: {getattr(wanted, key)}: {reason}", hint=f"leave {key} as it is by default")
+    if wanted.cpu_affinity == ALL_CPUS or not capabilities.cpus:
+        return
+    if lacking := parse_cpus(wanted.cpu_affinity) - parse_cpus(capabilities.cpus):
+        problem = f"this host has no CPU {show_cpus(lacking)}"
+        raise InvalidInput("cpu_affinity", wanted.cpu_affinity, problem, hint=f"it has {capabilities.cpus}")
+
+
 def build_boot(
     record: Record,
     image: Image,
@@ -210,6 +251,11 @@ def build_boot(
         nics=boot_nics(record, last, place),
         seed=SEED_DISK if image.seed is Seed.NOCLOUD else None,
         uefi_vars=UEFI_VARIABLES if firmware is Firmware.UEFI else None,
+        vcpus_max=spec.vcpus_max,
+        memory_max_mib=spec.memory_max_mib,
+        cpu_weight=spec.cpu_weight,
+        cpu_limit=spec.cpu_limit,
+        cpu_affinity=spec.cpu_affinity,
     )
 
 

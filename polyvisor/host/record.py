@@ -14,6 +14,7 @@ from typing import Any
 
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import structure, unstructure
+from polyvisor.spec.resources import Resources
 from polyvisor.spec.vm import VMSpec
 from polyvisor.values import dataclass
 
@@ -38,7 +39,10 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a VM was last started. `boot_id` is the host's boot; after another boot the VM can't be running."""
+    """How a VM was last started. `boot_id` is the host's boot; after another boot the VM can't be running.
+
+    `resources` are what its hypervisor was last told to give it (None where an older Polyvisor has started it).
+    """
 
     started_at: float
     boot_id: str
@@ -48,6 +52,7 @@ class Launch:
     mode: str
     argv: tuple[str, ...]
     forwards: tuple[Forward, ...] = ()
+    resources: Resources | None = None
 
 
 def record_to_json(record: Record) -> str:

@@ -42,7 +42,7 @@ class State:
     """What lies in `memory`, which has `size_bytes` bytes, and what has to be as it was.
 
     `machine` is the driver's name of it; `launch` how the VM ran; `cpu` what its guest may use of this host's processor
-    (nothing where that is emulated); `disks` size and last change of each disk.
+    (nothing where that is emulated); `disks` size and last change of each disk; `vcpus` how many it had by then.
     """
 
     saved_at: float
@@ -53,6 +53,7 @@ class State:
     cpu: tuple[str, ...]
     disks: dict[str, str]
     launch: Launch
+    vcpus: int | None = None
 
 
 def read(vm: VMDirectory) -> State:
@@ -164,6 +165,7 @@ async def _write(vm: VMDirectory, driver: Driver, paused: bool, progress: Progre
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             machine = await driver.save(vm, fd, progress)
+            usage = await driver.usage(vm)
             await asyncio.to_thread(os.fsync, fd)
         finally:
             os.close(fd)
@@ -176,6 +178,7 @@ async def _write(vm: VMDirectory, driver: Driver, paused: bool, progress: Progre
             cpu=host_cpu() if launch.hypervisor != "tcg" else (),
             disks=_disks(vm),
             launch=launch,
+            vcpus=usage.vcpus,
         )
         if not state.size_bytes:
             raise PolyvisorError("its memory is empty")
@@ -235,7 +238,7 @@ async def restore(vm: VMDirectory, driver: Driver, place: str, progress: Progres
 
 async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootNic, ...], progress: Progress) -> None:
     """Start a process that reads the memory; its vCPUs stand still."""
-    command = await driver.restore_command(state.launch, state.machine, nics)
+    command = await driver.restore_command(state.launch, state.machine, nics, state.vcpus)
     forwards = tuple(forward for nic in nics for forward in nic.forwards)
     now = replace(state.launch, started_at=time.time(), boot_id=boot_id(), forwards=forwards)
     vm.write_launch(replace(now, version=command.version, argv=command.argv))

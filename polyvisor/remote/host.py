@@ -45,8 +45,9 @@ from polyvisor.remote.link import Link, shared_directory
 from polyvisor.remote.wire import LOOKS, Access, decode
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
+from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, Setup, VMStatus
+from polyvisor.status import Check, Event, HostStatus, Resized, Setup, VMStatus
 
 T = TypeVar("T")
 
@@ -282,6 +283,9 @@ class RemoteHost:
 
     async def arrival_cancel(self, name: str, token: str) -> None:
         await self._call(NoneType, "arrival_cancel", name=name, token=token)
+
+    async def set(self, name: str, changes: Changes) -> Resized:
+        return await self._call(Resized, "set", name=name, changes=changes)
 
     # Inside the VM
 

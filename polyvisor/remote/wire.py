@@ -59,6 +59,7 @@ REPEATABLE = (
     "image_import",
     "image_pull",
     "add_forward",
+    "set",
     "prepare_host",
     "move_begin",
     "move_finish",

@@ -12,12 +12,16 @@ from enum import StrEnum
 from typing import Any
 
 from polyvisor.errors import InvalidInput
+from polyvisor.spec.cpus import ALL_CPUS, parse_cpus
 from polyvisor.spec.forward import parse_forward
+from polyvisor.spec.resources import NORMAL_WEIGHT
 from polyvisor.values import dataclass
 
 MAX_VCPUS = 255
 MIN_MEMORY_MIB = 16
 MAX_MEMORY_MIB = 16 << 20
+MAX_WEIGHT = 10_000
+MAX_LIMIT = 100 * MAX_VCPUS
 MAX_DISK_GIB = 64 << 10
 MAX_DISKS = 16
 MAX_NICS = 8
@@ -139,6 +143,27 @@ class VMSpec:
             "memory in MiB; by default what the image recommends", flag="--memory", short="-m", unit="MiB"
         ),
     )
+    vcpus_max: int | None = field(
+        default=None, metadata=setting("how many virtual CPUs it can have while it runs; by default what it has")
+    )
+    memory_max_mib: int | None = field(
+        default=None,
+        metadata=setting(
+            "how much memory it can have while it runs, in MiB; by default what it has", flag="--memory-max", unit="MiB"
+        ),
+    )
+    cpu_weight: int = field(
+        default=NORMAL_WEIGHT,
+        metadata=setting(
+            "share of the host's CPUs where they are scarce, 1 to 10000: twice the weight, twice the time"
+        ),
+    )
+    cpu_limit: int | None = field(
+        default=None, metadata=setting("most CPU time in percent of one of the host's CPUs; by default no limit")
+    )
+    cpu_affinity: str = field(
+        default=ALL_CPUS, metadata=setting("CPUs of the host that it runs on, as 0-3,6; by default all")
+    )
     hypervisor: Hypervisor = field(default=Hypervisor.AUTO, metadata=setting("auto, kvm, xen or tcg"))
     mode: Mode = field(
         default=Mode.AUTO,
@@ -169,6 +194,7 @@ class VMSpec:
         _check_range("vcpus", self.vcpus, 1, MAX_VCPUS, "")
         if self.memory_mib is not None:
             _check_range("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB, "MiB")
+        self._check_resources()
         self._check_texts()
         _check_count("disks", self.disks, MAX_DISKS)
         _check_count("nics", self.nics, MAX_NICS)
@@ -179,6 +205,19 @@ class VMSpec:
                 raise InvalidInput(
                     f"labels.{key}", value, "is not a label's value", hint="use at most 255 printable characters"
                 )
+
+    def _check_resources(self) -> None:
+        if self.vcpus_max is not None:
+            _check_range("vcpus_max", self.vcpus_max, 1, MAX_VCPUS, "")
+            check_most("vcpus", self.vcpus, self.vcpus_max)
+        if self.memory_max_mib is not None:
+            _check_range("memory_max_mib", self.memory_max_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB, "MiB")
+            check_most("memory_mib", self.memory_mib or 0, self.memory_max_mib)
+        _check_range("cpu_weight", self.cpu_weight, 1, MAX_WEIGHT, "")
+        if self.cpu_limit is not None:
+            _check_range("cpu_limit", self.cpu_limit, 1, MAX_LIMIT, "percent of one CPU")
+        if self.cpu_affinity != ALL_CPUS:
+            parse_cpus(self.cpu_affinity)
 
     def _check_texts(self) -> None:
         if not self.image or not self.image.isprintable() or len(self.image) > 4096:
@@ -219,6 +258,14 @@ def check_name(name: str) -> str:
             hint="use 1 to 63 of a-z 0-9 -, beginning and ending with a letter or a digit",
         )
     return name
+
+
+def check_most(key: str, value: int, most: int) -> None:
+    """Raise InvalidInput where `most`, the largest value that setting `key` may have while the VM runs, is below `value`."""
+    if most < value:
+        base, _, unit = key.partition("_")
+        hint = f"use at least {value}, or {'fewer' if base == 'vcpus' else 'less'} {base}"
+        raise InvalidInput(f"{base}_max{'_' if unit else ''}{unit}", most, f"is less than {key} ({value})", hint=hint)
 
 
 def _check_range(key: str, value: int, lowest: int, highest: int, unit: str) -> None:

@@ -86,6 +86,7 @@ BOOTS = {
         ),
     ),
     "no-card": replace(TINY, nics=()),
+    "room-to-grow": replace(TINY, vcpus=2, vcpus_max=4, memory_max_mib=1024, cpu_affinity="0-1"),
     "forwards": replace(
         TINY,
         nics=(

@@ -25,6 +25,9 @@ XL_BOOTS = {
     "pv-loader": replace(_TINY, mode=Mode.PV, kernel=None, initrd=None, cmdline="", disks=(_DISK,)),
     "no-cable": replace(_TINY, nics=(BootNic(mac="52:54:00:aa:bb:01", network="none"),)),
     "no-card": replace(_TINY, nics=()),
+    "room-to-grow": replace(
+        _TINY, vcpus_max=4, memory_max_mib=1024, cpu_weight=200, cpu_limit=150, cpu_affinity="0-1,3"
+    ),
     "reboot-stops": replace(_TINY, on_reboot=OnReboot.STOP),
     "awkward": replace(_TINY, kernel=AWKWARD / "kernel", cmdline='a="b" c=\\n on_crash = "preserve"', disks=(_DISK,)),
 }

@@ -32,6 +32,7 @@ EXAMPLES = {
     "pause": "pause a",
     "resume": "resume a",
     "save": "save a",
+    "set": "set a --vcpus 2 --memory 1G --cpu-limit none",
     "rm": "rm -f a",
     "console": "console a",
     "logs": "logs -f a --hypervisor",

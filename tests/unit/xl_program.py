@@ -30,7 +30,8 @@ elif verb == "list":
     print("Name ID Mem VCPUs State Time(s) UUID Reason-Code Security Label")
     for i in domains():
         uuid, state, name = read(i)[:3]
-        print(name, i, 128, 1, "--p---" if state == "paused" else "-b----", "0.1", uuid, "-", "-")
+        has = lambda what, usual: open(D + "/" + what).read() if os.path.exists(D + "/" + what) else usual
+        print(name, i, has("memory", 128), has("vcpus", 1), "--p---" if state == "paused" else "-b----", "0.1", uuid, "-", "-")
 elif verb == "create":
     config = open(words[1]).read()
     name, uuid = re.search('name = "(.*)"', config)[1], re.search('uuid = "(.*)"', config)[1]
@@ -51,6 +52,12 @@ elif verb == "create":
         if code != 1 or 'on_reboot = "restart"' not in config:
             sys.exit(say("Done. Exiting now"))
         say("Done. Rebooting now")
+elif verb in ("mem-set", "vcpu-set"):
+    what = "memory" if verb == "mem-set" else "vcpus"
+    if not os.path.exists(D + "/deaf"):
+        open(D + "/" + what, "w").write(words[2].rstrip("m"))
+elif verb in ("sched-credit2", "vcpu-pin", "config-update"):
+    pass
 elif verb == "console":
     os.write(1, b"hello\n")
     while os.path.exists(D + "/" + words[-1]):

@@ -27,6 +27,8 @@ PID_FILE = "run/qemu.pid"
 NESTED_CPU = "EPYC,-smap,-smep,-monitor,-rdtscp,+svm,+npt"
 # Below 16 MiB translation dominates (a boot takes 5 s instead of 3), above 32 nothing is gained.
 TCG_BUFFER_MIB = 32
+BALLOON = "balloon"
+VIRTIO_ARGV = ("-device", "virtio-rng-pci", "-device", f"virtio-balloon-pci,id={BALLOON}")
 
 
 def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[str]:
@@ -44,7 +46,7 @@ def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[s
         *(word for i, disk in enumerate(boot.disks) for word in disk_argv(i, disk, boot.devices, boot.firmware)),
         *seed_argv(boot.seed, len(boot.disks), boot.devices, boot.firmware),
         *(word for i, nic in enumerate(boot.nics) for word in nic_argv(i, nic, boot.devices)),
-        *(["-device", "virtio-rng-pci"] if boot.devices is DeviceModel.PARAVIRTUAL else []),
+        *(VIRTIO_ARGV if boot.devices is DeviceModel.PARAVIRTUAL else []),
     ]
 
 
@@ -68,7 +70,8 @@ def machine_argv(boot: Boot) -> list[str]:
     return [
         *("-machine", f"{machine},usb=off,vmport=off,dump-guest-core=off"),
         *("-accel", accelerator),
-        *("-m", f"size={boot.memory_mib}M"),
+        # All that it may ever have; what it is not to have now is in the balloon.
+        *("-m", f"size={boot.resources.memory_max_mib}M"),
     ]
 
 
@@ -76,10 +79,15 @@ def cpu_argv(boot: Boot) -> list[str]:
     models = {"auto": "max", NESTED: NESTED_CPU} if boot.accelerator == "tcg" else {"auto": "host", NESTED: "host"}
     return [
         *("-cpu", models.get(boot.cpu, boot.cpu)),
-        *("-smp", f"cpus={boot.vcpus},sockets=1,cores={boot.vcpus},threads=1"),
+        *("-smp", smp(boot.vcpus, boot.resources.vcpus_max)),
         # Restored from a file, an emulated Xen would spend minutes catching up with a clock that has gone on.
         *(["-rtc", "clock=vm"] if boot.cpu == NESTED and boot.accelerator == "tcg" else []),
     ]
+
+
+def smp(vcpus: int, most: int) -> str:
+    """The value of -smp: one socket, whose cores beyond `vcpus` can be plugged in later."""
+    return f"cpus={vcpus}{f',maxcpus={most}' if most > vcpus else ''},sockets=1,cores={most},threads=1"
 
 
 def firmware_argv(boot: Boot, code: Path | None) -> list[str]:

@@ -29,9 +29,11 @@ from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
 from polyvisor.operation import Progress
 from polyvisor.process import spawn_detached
+from polyvisor.spec.cpus import ALL_CPUS
 from polyvisor.spec.forward import Forward
+from polyvisor.spec.resources import Resources
 from polyvisor.spec.vm import Firmware
-from polyvisor.status import Accelerator, Capabilities, VMState
+from polyvisor.status import Accelerator, Capabilities, Usage, VMState
 from polyvisor.waiting import pause
 
 if TYPE_CHECKING:
@@ -70,6 +72,12 @@ _REASONS = {
     "internal-error": "QEMU met an internal error",
 }
 
+MISSING = {
+    "cpu-weight": "QEMU's processes are not put into control groups so far: all have the same weight",
+    "cpu-limit": "QEMU's processes are not put into control groups so far, and nothing else limits them",
+    "vcpus-remove-tcg": "QEMU's emulation damages its own memory when a vCPU is pulled out, and crashes later",
+}
+
 
 class QemuDriver:
     """QEMU with the accelerators kvm and tcg; `cache` is where probe results are kept."""
@@ -100,7 +108,7 @@ class QemuDriver:
                 modes=(),
                 missing={"start": reason, "save": reason},
             )
-        missing = {"pv": "paravirtualized guests need Xen"}
+        missing = {"pv": "paravirtualized guests need Xen", **MISSING}
         try:
             find_uefi()
         except Unavailable as error:
@@ -117,6 +125,7 @@ class QemuDriver:
             ),
             modes=("pvh", "hvm"),
             missing=missing,
+            cpus=host_cpus(),
         )
 
     async def command(self, boot: Boot) -> Command:
@@ -137,9 +146,14 @@ class QemuDriver:
 
         As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
         """
-        with _started(vm, command, user) as process:
+        with _started(vm, command, user, boot.cpu_affinity) as process:
             meanwhile()
             await answer(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
+            if boot.memory_mib < boot.resources.memory_max_mib:
+                from polyvisor.drivers.qemu.resize import ask_for_memory
+
+                async with self._monitor(vm) as monitor:
+                    await ask_for_memory(monitor, boot.memory_mib)
         return Observed(state=VMState.RUNNING, pid=process.pid)
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
@@ -155,20 +169,24 @@ class QemuDriver:
             raise WrongState("emulation can't read it back: a VM was running in it at that moment", hint=hint)
         return machine
 
-    async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
+    async def restore_command(
+        self, launch: Launch, machine: str, nics: tuple[BootNic, ...], vcpus: int | None = None
+    ) -> Command:
         from polyvisor.drivers.qemu.migration import restoring_argv
 
         qemu = await self.qemu()
         if qemu.numbers < version_numbers(launch.version):
             raise CannotStart(f"it was saved by QEMU {launch.version}, and this host's is older: {qemu.version}")
-        return Command(argv=qemu.renewed(restoring_argv(launch.argv, machine, nics)), version=qemu.version)
+        return Command(argv=qemu.renewed(restoring_argv(launch.argv, machine, nics, vcpus)), version=qemu.version)
 
     async def restore(
         self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
     ) -> Observed:
         from polyvisor.drivers.qemu.migration import read_memory
 
-        with _started(vm, command, user) as process:
+        launch = vm.launch()
+        affinity = launch.resources.cpu_affinity if launch and launch.resources else ALL_CPUS
+        with _started(vm, command, user, affinity) as process:
             async with connected(
                 vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
             ) as monitor:
@@ -279,6 +297,30 @@ class QemuDriver:
             if not printed.endswith("removed"):
                 raise WrongState(f"VM '{vm.name}': {printed or 'QEMU did not remove the forward'}")
 
+    async def usage(self, vm: VMDirectory) -> Usage:
+        from polyvisor.drivers.qemu.resize import usage
+
+        async with self._monitor(vm, OBSERVE_SOCKET, OBSERVE_S) as monitor:
+            return await usage(monitor)
+
+    async def set_vcpus(self, vm: VMDirectory, count: int) -> None:
+        from polyvisor.drivers.qemu.resize import set_vcpus
+
+        async with self._monitor(vm) as monitor:
+            await set_vcpus(monitor, count)
+
+    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
+        from polyvisor.drivers.qemu.resize import set_memory
+
+        async with self._monitor(vm) as monitor:
+            await set_memory(monitor, memory_mib)
+
+    async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
+        from polyvisor.drivers.qemu.affinity import pin
+
+        for pid in _lock_holders(vm):
+            pin(pid, resources.cpu_affinity)
+
     @contextlib.asynccontextmanager
     async def _monitor(
         self, vm: VMDirectory, socket: str = QMP_SOCKET, timeout_s: float = ANSWER_S
@@ -288,12 +330,15 @@ class QemuDriver:
 
 
 @contextlib.contextmanager
-def _started(vm: VMDirectory, command: Command, user: int | None) -> Iterator[Program]:
-    """The process of a new QEMU; where the block fails it is ended, and CannotStart has its last words."""
+def _started(vm: VMDirectory, command: Command, user: int | None, affinity: str = ALL_CPUS) -> Iterator[Program]:
+    """The process of a new QEMU, on the CPUs of `affinity` from its first moment.
+
+    Where the block fails it is ended, and CannotStart has its last words.
+    """
     with storage_errors(f"starting VM '{vm.name}'"):
         for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
             (vm.path / leftover).unlink(missing_ok=True)
-        process = _spawn(vm, command.argv, user)
+        process = _spawn(vm, command.argv, user, affinity)
     try:
         yield process
     except (QMPLost, QMPRefused, TimedOut) as error:
@@ -304,12 +349,16 @@ def _started(vm: VMDirectory, command: Command, user: int | None) -> Iterator[Pr
         raise
 
 
-def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None) -> Program:
+def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None, affinity: str) -> Program:
     """Start QEMU so that it holds the lock on the VM's `alive` file from its first moment to its last."""
     alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         _lock_alive(vm, alive)
-        with vm.log.open("wb") as log:
+        with vm.log.open("wb") as log, contextlib.ExitStack() as stack:
+            if affinity != ALL_CPUS:
+                from polyvisor.drivers.qemu.affinity import on_cpus
+
+                stack.enter_context(on_cpus(affinity))
             return spawn_detached(argv, cwd=vm.path, output=log, inherit=[alive], user=user, groups=_kvm_groups(argv))
     finally:
         os.close(alive)
@@ -336,6 +385,14 @@ def _kvm_groups(argv: tuple[str, ...]) -> list[int]:
 def _end(process: Program) -> None:
     process.kill()
     process.wait()
+
+
+def host_cpus() -> str:
+    """The CPUs of this host that are online, as Linux lists them (Documentation/ABI/stable/sysfs-devices-system-cpu)."""
+    try:
+        return Path("/sys/devices/system/cpu/online").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _pid(vm: VMDirectory) -> int | None:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from polyvisor.drivers.base import BootNic
+from polyvisor.drivers.qemu.argv import smp
 from polyvisor.drivers.qemu.devices import netdev
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused
 from polyvisor.errors import PolyvisorError, StorageFull, TimedOut, Unsupported, WrongState
@@ -150,11 +151,12 @@ async def _handed_over(monitor: Monitor, file: int) -> AsyncIterator[str]:
             await monitor.execute("remove-fd", **{"fdset-id": _SET})
 
 
-def restoring_argv(argv: Sequence[str], machine: str, nics: Sequence[BootNic]) -> list[str]:
+def restoring_argv(argv: Sequence[str], machine: str, nics: Sequence[BootNic], vcpus: int | None = None) -> list[str]:
     """The arguments `argv` that the VM was last started with, for a QEMU that waits for its memory.
 
     Devices must be those of then; so is the machine, as `machine` (`pc` alone may be another one with every version).
-    Ports of the host are those of `nics`.
+    Ports of the host are those of `nics`. vCPUs are plugged in and pulled out in order, so that `vcpus`, how many there were at
+    the save, says which.
     """
     words = list(argv)
     for own in _INCOMING:  # where it was restored before
@@ -164,6 +166,8 @@ def restoring_argv(argv: Sequence[str], machine: str, nics: Sequence[BootNic]) -
         option, value = words[i - 1], words[i]
         if option == "-machine" and not value.startswith("pflash"):
             words[i] = ",".join([machine, *value.split(",")[1:]])
+        if option == "-smp" and vcpus is not None:
+            words[i] = smp(vcpus, int(dict(each.split("=") for each in value.split(","))["cores"]))
         if option == "-netdev":
             words[i] = next((netdev(n, nic) for n, nic in enumerate(nics) if f"id=nic{n}" in value.split(",")), value)
     return [*words, *_INCOMING]

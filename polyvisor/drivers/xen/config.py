@@ -14,11 +14,15 @@ from pathlib import Path
 from polyvisor.drivers.base import Boot, BootNic
 from polyvisor.errors import InvalidInput
 from polyvisor.network.nat import BRIDGE, interface_name, private_bridge
+from polyvisor.spec.cpus import ALL_CPUS
+from polyvisor.spec.resources import NORMAL_WEIGHT, Resources
 from polyvisor.spec.vm import DeviceModel, Mode, OnReboot
 
 CONSOLE_SOCKET = "run/console.sock"
 CONSOLE_LOG = "run/console.log"
 IDE_PLACES = 4
+XEN_NORMAL_WEIGHT = 256
+_RESOURCES = ("vcpus", "maxvcpus", "memory", "maxmem", "cpu_weight", "cap", "cpus")
 
 
 def build_config(boot: Boot, directory: Path, loader: Path | None = None) -> str:
@@ -32,9 +36,7 @@ def build_config(boot: Boot, directory: Path, loader: Path | None = None) -> str
         ("name", quoted(boot.name)),
         ("uuid", quoted(boot.id)),
         ("type", quoted(boot.mode.value)),
-        ("vcpus", str(boot.vcpus)),
-        ("memory", str(boot.memory_mib)),
-        ("maxmem", str(boot.memory_mib)),
+        *resource_settings(boot.resources),
         *_kernel(boot, directory, loader),
         *_ends(boot),
         *(_hvm(boot) if boot.mode is Mode.HVM else []),
@@ -42,6 +44,35 @@ def build_config(boot: Boot, directory: Path, loader: Path | None = None) -> str
         ("vif", _list(_card(nic, boot) for nic in boot.nics)),
     ]
     return "".join(f"{name} = {value}\n" for name, value in settings)
+
+
+def resource_settings(resources: Resources) -> list[tuple[str, str]]:
+    """vCPUs, memory and CPU shares; what Xen does by itself is left out (xl.cfg(5), "CPU Allocation", "Memory Allocation")."""
+    optional = {
+        "maxvcpus": str(resources.vcpus_max) if resources.vcpus_max > resources.vcpus else None,
+        "cpu_weight": str(xen_weight(resources.cpu_weight)) if resources.cpu_weight != NORMAL_WEIGHT else None,
+        "cap": str(resources.cpu_limit) if resources.cpu_limit is not None else None,
+        "cpus": quoted(resources.cpu_affinity) if resources.cpu_affinity != ALL_CPUS else None,
+    }
+    return [
+        ("vcpus", str(resources.vcpus)),
+        ("memory", str(resources.memory_mib)),
+        ("maxmem", str(resources.memory_max_mib)),
+        *((name, value) for name, value in optional.items() if value is not None),
+    ]
+
+
+def with_resources(config: str, resources: Resources) -> str:
+    """The text `config`, which `build_config` made, with other resources."""
+    lines = [line for line in config.splitlines() if line.partition(" = ")[0] not in _RESOURCES]
+    return "".join(
+        f"{line}\n" for line in [*lines, *(f"{name} = {value}" for name, value in resource_settings(resources))]
+    )
+
+
+def xen_weight(weight: int) -> int:
+    """A spec's weight, of which 100 is the normal one, on the scale of Xen's scheduler: 256 is, out of 1 to 65535 (xl(1))."""
+    return max(1, min(65535, round(weight * XEN_NORMAL_WEIGHT / NORMAL_WEIGHT)))
 
 
 def quoted(text: str) -> str:

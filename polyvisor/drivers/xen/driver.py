@@ -12,12 +12,13 @@ import fcntl
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Boot, BootNic, Command, Observed
-from polyvisor.drivers.xen import xl
-from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config
+from polyvisor.drivers.xen import resize, xl
+from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config, with_resources
 from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
 from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_errors, read_log
 from polyvisor.drivers.xen.loaders import find_loader, missing_loaders
@@ -32,8 +33,9 @@ from polyvisor.network.ports import hold_port
 from polyvisor.operation import Progress
 from polyvisor.process import spawn_detached
 from polyvisor.spec.forward import Forward
+from polyvisor.spec.resources import Resources
 from polyvisor.spec.vm import Mode
-from polyvisor.status import Capabilities, VMState
+from polyvisor.status import Capabilities, Usage, VMState
 from polyvisor.waiting import event_loop, pause
 
 if TYPE_CHECKING:
@@ -253,7 +255,9 @@ class XenDriver:
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
         raise Unsupported(MISSING["save"])
 
-    async def restore_command(self, launch: Launch, machine: str, nics: tuple[BootNic, ...]) -> Command:
+    async def restore_command(
+        self, launch: Launch, machine: str, nics: tuple[BootNic, ...], vcpus: int | None = None
+    ) -> Command:
         raise Unsupported(MISSING["save"])
 
     async def restore(
@@ -266,6 +270,32 @@ class XenDriver:
 
     async def remove_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         await self._bridge.remove_forward(vm.alive_file, _position(vm, nic), forward)
+
+    async def usage(self, vm: VMDirectory) -> Usage:
+        domain = await self._domain(vm)
+        return Usage(vcpus=domain.vcpus, memory_mib=domain.memory_mib)
+
+    async def set_vcpus(self, vm: VMDirectory, count: int) -> None:
+        await resize.set_vcpus(lambda: self._domain(vm), count)
+        await self._keep(vm, vcpus=count)
+
+    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
+        await resize.set_memory(lambda: self._domain(vm), memory_mib)
+        await self._keep(vm, memory_mib=memory_mib)
+
+    async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
+        await resize.set_scheduling((await self._domain(vm)).id, resources)
+        wanted = {name: getattr(resources, name) for name in ("cpu_weight", "cpu_limit", "cpu_affinity")}
+        await self._keep(vm, **wanted)
+
+    async def _keep(self, vm: VMDirectory, **changes: Any) -> None:
+        """Let a guest that reboots, and so becomes another domain, have the same again."""
+        if (launch := vm.launch()) is None or launch.resources is None:
+            return
+        with storage_errors(f"changing VM '{vm.name}'"):
+            text = (vm.path / CONFIG).read_text()
+            write_atomic(vm.path / CONFIG, with_resources(text, replace(launch.resources, **changes)))
+        await xl.xl("config-update", str((await self._domain(vm)).id), str(vm.path / CONFIG))
 
     async def _domain(self, vm: VMDirectory) -> Domain:
         """The VM's domain; raises WrongState where it has none, as for a moment while the guest reboots."""

@@ -39,12 +39,14 @@ _CRASHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """A domain of Xen; `reason` is its shutdown code where it is shut down."""
+    """A domain of Xen; `reason` is its shutdown code where it is shut down, `vcpus` how many of them are online."""
 
     id: int
     name: str
     state: str
     reason: int | None = None
+    memory_mib: int = 0
+    vcpus: int = 0
 
     @property
     def shut_down(self) -> bool:
@@ -73,7 +75,14 @@ def parse_list(text: str) -> Mapping[str, Domain]:
         if (match := _LINE.match(line)) is None:
             raise ProcessFailed(["xl", "list", "-v"], 0, f"what it printed has no good line {line[:80]!r}")
         reason = None if match["reason"] == "-" else int(match["reason"])
-        domains[match["uuid"]] = Domain(id=int(match["id"]), name=match["name"], state=match["state"], reason=reason)
+        domains[match["uuid"]] = Domain(
+            id=int(match["id"]),
+            name=match["name"],
+            state=match["state"],
+            reason=reason,
+            memory_mib=int(match["memory"]),
+            vcpus=int(match["vcpus"]),
+        )
     return domains
 
 

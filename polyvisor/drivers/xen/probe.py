@@ -13,6 +13,7 @@ MISSING = {
     "save": "saving VMs of Xen is not there yet",
     "uefi": "UEFI firmware for guests of Xen is not there yet",
     "nested": "guests of Xen can't run VMs",
+    "vcpus-remove-hvm": "Xen's QEMU plugs vCPUs in and does not pull them out of an HVM guest",
 }
 
 
@@ -35,6 +36,7 @@ async def probe() -> Capabilities | None:
         modes=info.modes,
         missing={**MISSING, **xl.missing_modes(info.modes), **missing_loaders(), **_networks()},
         memory_mib=info.total_memory_mib,
+        cpus=f"0-{info.cpus - 1}",
     )
 
 
