@@ -145,9 +145,10 @@ def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
 
 
 def _vcpus(details: Details) -> str:
-    has = details.usage.vcpus if details.usage and details.usage.vcpus is not None else details.status.vcpus
-    most = details.spec.vcpus_max
-    return f"{has}, at most {most}" if most else str(has)
+    has = details.usage.vcpus if details.usage else None
+    given, most = details.status.vcpus, details.spec.vcpus_max
+    really = f" (it has {has})" if has is not None and has != given else ""
+    return f"{given}{really}" + (f", at most {most}" if most else "")
 
 
 def _memory(details: Details) -> str:

@@ -337,7 +337,6 @@ class Host(Mover):
 
         vm = self.store.get(name)
         record, launch, status = vm.record, vm.launch(), await self._status(vm)
-        usage = await resize.observed_usage(vm, self.drivers.of(vm), status)
         return Details(
             status=status,
             spec=record.spec,
@@ -346,8 +345,8 @@ class Host(Mover):
             argv=launch.argv if launch else None,
             directory=str(vm.path),
             saved=describe(vm) if status.state is VMState.SAVED else None,
-            usage=usage,
-            pending=resize.waiting(record, launch, status.state, usage),
+            usage=await resize.observed_usage(vm, self.drivers.of(vm), status),
+            pending=resize.waiting(record, launch, status.state),
         )
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:

@@ -73,15 +73,13 @@ def _refusal(name: str, value: int, given: Resources, capabilities: Capabilities
     return capabilities.refusal(feature, launch.hypervisor, launch.mode)
 
 
-def waiting(record: Record, launch: Launch | None, state: VMState, usage: Usage | None = None) -> tuple[Pending, ...]:
+def waiting(record: Record, launch: Launch | None, state: VMState) -> tuple[Pending, ...]:
     """What is other at the next boot of a VM that is alive, or saved, than it is now.
 
     Room for more is a change only where the spec says how much is wanted: otherwise it follows what there is.
     """
     if not state.keeps_devices or launch is None or (given := launch.resources) is None:
         return ()
-    if usage is not None and usage.vcpus is not None:
-        given = replace(given, vcpus=usage.vcpus)
     wanted = resources_of(record.spec, record.memory_mib)
     return tuple(
         Pending(setting=name, now=shown(name, now), then=shown(name, then))
@@ -120,8 +118,7 @@ async def change(host: Host, vm: VMDirectory, changes: Changes) -> Resized:
     else:
         reasons = await _change_alive(host, vm, launch, before, after, asked(changes), capabilities)
     status = await host._status(VMDirectory(vm.path))
-    usage = await observed_usage(vm, host.drivers.of(vm), status)
-    pending = waiting(after, vm.launch(), status.state, usage)
+    pending = waiting(after, vm.launch(), status.state)
     left = {each.setting for each in pending} | reasons.keys()
     applied = tuple(name for name in asked(changes) if name not in left) if alive else ()
     return Resized(status=status, applied=applied, pending=pending, reasons=reasons)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
@@ -254,6 +255,32 @@ def test_start(launchers: list[Launcher]) -> None:
         return done
 
     walked("start", Walk(launchers, step).walk(), at_least=20)
+    for launcher in launchers:
+        remove(launcher)
+
+
+def test_set(launchers: list[Launcher]) -> None:
+    """A `set` that was cut off is in force, or pending; the same again completes it."""
+    spec = VMSpec(name="vm", image="tiny", disks=(Disk(size_gib=1),), memory_mib=160, memory_max_mib=224)
+    for launcher in launchers:
+        asyncio.run(launcher.host().run(spec))
+        asyncio.run(launcher.host().wait_for_ssh("vm", timeout_s=120))
+
+    def step(launcher: Launcher, number: int) -> Done:
+        before = asyncio.run(launcher.host().show("vm")).spec
+        memory_mib, affinity = (200, "0") if before.memory_mib == 160 else (160, "all")
+        wanted = dataclasses.replace(before, memory_mib=memory_mib, cpu_affinity=affinity)
+        words = ("set", "vm", "--memory", str(memory_mib), "--cpu-affinity", affinity)
+        done = launcher(*words, fault="kill", step=number)
+        assert assert_sensible(launcher) == "running"
+        assert asyncio.run(launcher.host().show("vm")).spec in (before, wanted)
+        launcher.good(*words)
+        details = asyncio.run(launcher.host().show("vm"))
+        assert (details.spec, details.pending, details.status.memory_mib) == (wanted, (), memory_mib)
+        assert details.usage is not None and details.usage.memory_mib == memory_mib
+        return done
+
+    walked("set", Walk(launchers, step).walk(), at_least=10)
     for launcher in launchers:
         remove(launcher)
 

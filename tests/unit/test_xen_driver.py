@@ -17,15 +17,16 @@ from polyvisor.drivers import registry
 from polyvisor.drivers.base import Boot, BootNic, Observed
 from polyvisor.drivers.xen import dom0
 from polyvisor.drivers.xen.driver import XenDriver
-from polyvisor.errors import CannotStart, InvalidInput, ProcessFailed, Unavailable, WrongState
+from polyvisor.errors import CannotStart, InvalidInput, ProcessFailed, TimedOut, Unavailable, WrongState
 from polyvisor.files import is_flocked
 from polyvisor.host.record import Launch, Record, boot_id
 from polyvisor.host.store import VMDirectory
 from polyvisor.network.nat import BRIDGE, Card, private_bridge
 from polyvisor.network.ports import hold_port
 from polyvisor.spec.forward import Forward
+from polyvisor.spec.resources import Resources
 from polyvisor.spec.vm import Mode, VMSpec
-from polyvisor.status import VMState
+from polyvisor.status import Usage, VMState
 from polyvisor.waiting import pause
 from tests.golden.xl_boots import XL_BOOTS
 from tests.unit.xl_program import PROGRAM
@@ -333,3 +334,68 @@ def test_whose_a_vm_is(vm: VMDirectory, monkeypatch: pytest.MonkeyPatch, tmp_pat
     vm.write_launch(replace(launch, hypervisor="tcg"))
     assert drivers.of(vm).name == "qemu"
     assert (drivers.running("xen").name, drivers.running("tcg").name) == ("xen", "qemu")
+
+
+GROWN = Resources(vcpus=1, vcpus_max=4, memory_mib=128, memory_max_mib=512)
+
+
+async def resizable(vm: VMDirectory) -> None:
+    await start(vm, vcpus_max=4, memory_max_mib=512)
+    launch = vm.launch()
+    assert launch is not None
+    vm.write_launch(replace(launch, resources=GROWN))
+
+
+async def test_resources_of_a_running_domain(xen: Path, vm: VMDirectory) -> None:
+    """Each is set by its own command, and kept for the domain that comes after a reboot."""
+    await resizable(vm)
+    assert await DRIVER.usage(vm) == Usage(vcpus=1, memory_mib=128)
+    (xen / "calls").unlink()
+    await DRIVER.set_vcpus(vm, 3)
+    await DRIVER.set_memory(vm, 300)
+    assert await DRIVER.usage(vm) == Usage(vcpus=3, memory_mib=300)
+    await DRIVER.set_scheduling(vm, replace(GROWN, cpu_weight=200, cpu_limit=50, cpu_affinity="0-1"))
+    await DRIVER.set_scheduling(vm, GROWN)
+    calls = [line for line in (xen / "calls").read_text().splitlines() if line.split()[0] not in ("list", "console")]
+    keep = f"config-update 1 {vm.path}/xl.cfg"
+    assert calls == [
+        *("vcpu-set 1 3", keep, "mem-set 1 300m", keep),
+        *("sched-credit2 -d 1 -w 512 -c 50", "vcpu-pin 1 all 0-1", keep),
+        *("sched-credit2 -d 1 -w 256 -c 0", "vcpu-pin 1 all all", keep),
+    ]
+    await DRIVER.kill(vm)
+
+
+async def test_a_guest_of_xen_that_does_not_listen(xen: Path, vm: VMDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked of it is taken back, and what its next boot has is as before."""
+    from polyvisor.drivers.xen import resize
+
+    monkeypatch.setattr(resize, "PATIENCE_S", 0.3)
+    await resizable(vm)
+    config = (vm.path / "xl.cfg").read_text()
+    (xen / "deaf").touch()
+    with pytest.raises(TimedOut, match="came to 1 vCPUs instead of 2"):
+        await DRIVER.set_vcpus(vm, 2)
+    with pytest.raises(TimedOut, match="came to 128 MiB instead of 300"):
+        await DRIVER.set_memory(vm, 300)
+    calls = [line for line in (xen / "calls").read_text().splitlines() if "-set" in line]
+    assert calls == ["vcpu-set 1 2", "vcpu-set 1 1", "mem-set 1 300m", "mem-set 1 128m"]
+    assert (vm.path / "xl.cfg").read_text() == config
+    await DRIVER.kill(vm)
+
+
+@pytest.mark.parametrize("call", ["vcpu-set", "mem-set", "sched-credit2", "vcpu-pin"])
+async def test_a_resize_that_xl_refuses(xen: Path, vm: VMDirectory, call: str) -> None:
+    await resizable(vm)
+    (xen / "broken").write_text(call)
+    with pytest.raises(ProcessFailed, match=f"{call} is broken"):
+        await (
+            DRIVER.set_vcpus(vm, 2)
+            if call == "vcpu-set"
+            else DRIVER.set_memory(vm, 300)
+            if call == "mem-set"
+            else DRIVER.set_scheduling(vm, GROWN)
+        )
+    assert await DRIVER.usage(vm) == Usage(vcpus=1, memory_mib=128)
+    (xen / "broken").unlink()
+    await DRIVER.kill(vm)

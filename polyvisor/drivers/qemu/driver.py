@@ -450,22 +450,25 @@ def _lock_holders(vm: VMDirectory) -> list[int]:
     The pid file is no help: a start that was cut off has not written it yet, and the guest's process may write there.
     """
     identity = vm.alive_file.stat()
-    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit() and _writes(entry.path, identity)]
+    with os.scandir("/proc") as entries:
+        return [int(each.name) for each in entries if each.name.isdigit() and _writes(each.path, identity)]
 
 
 def _writes(process: str, identity: os.stat_result) -> bool:
     """Whether a process has the file open for writing: its link in /proc/PID/fd has the permissions of the descriptor."""
     try:
-        for entry in os.scandir(f"{process}/fd"):
-            with contextlib.suppress(OSError):
-                if (
-                    os.path.samestat(entry.stat(), identity)
-                    and entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR
-                ):
-                    return True
+        with os.scandir(f"{process}/fd") as entries:
+            return any(_is_written(entry, identity) for entry in entries)
     except OSError:  # another user's process, or one that has just ended
         return False
-    return False
+
+
+def _is_written(entry: os.DirEntry[str], identity: os.stat_result) -> bool:
+    try:
+        writable = entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR
+        return bool(writable) and os.path.samestat(entry.stat(), identity)
+    except OSError:
+        return False
 
 
 async def _is_down(monitor: Monitor) -> bool:

@@ -1,0 +1,185 @@
+"""vCPUs, memory and CPU shares that change: the guest's own view is the truth, beside what the host says."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from polyvisor.errors import InvalidInput, NotFound, TimedOut, WrongState
+from polyvisor.host.api import HostApi
+from polyvisor.spec.resources import Changes
+from polyvisor.spec.vm import VMSpec
+from polyvisor.status import VMState
+from tests.contract.guest import BOOT_S, guest, needs
+
+pytestmark = [pytest.mark.qemu]
+
+OWN_MIB = 110  # what a kernel and its initramfs keep for themselves of the memory that a guest is given
+SETTLES_S = 60.0
+
+
+def roomy(spec: VMSpec) -> VMSpec:
+    """`spec` with room to grow while it runs."""
+    return replace(spec, memory_mib=192, vcpus_max=3, memory_max_mib=320)
+
+
+async def vcpus_of(api: HostApi, name: str) -> int:
+    return int(await guest(api, name, "nproc"))
+
+
+async def memory_of(api: HostApi, name: str) -> int:
+    """MemTotal of the guest, in MiB."""
+    return int((await guest(api, name, "grep MemTotal /proc/meminfo")).split()[1]) // 1024
+
+
+async def until(api: HostApi, name: str, what: Callable[[int], bool], memory: bool = False) -> int:
+    """Wait until the guest sees it: it puts a vCPU on line by itself, a moment after it was plugged in."""
+    deadline = time.monotonic() + SETTLES_S
+    while not what(value := await (memory_of if memory else vcpus_of)(api, name)):
+        assert time.monotonic() < deadline, value
+        await asyncio.sleep(0.3)
+    return value
+
+
+def about(memory_mib: int) -> Callable[[int], bool]:
+    return lambda value: memory_mib - OWN_MIB < value <= memory_mib
+
+
+async def missing(api: HostApi, feature: str, name: str) -> str | None:
+    """Why the driver that the VM runs on can't do it."""
+    status = (await api.show(name)).status
+    drivers = (await api.status()).capabilities
+    found = next(each for each in drivers if status.hypervisor in [one.name for one in each.accelerators])
+    return found.refusal(feature, status.hypervisor, status.mode)
+
+
+async def test_vcpus_are_added_and_removed_while_the_guest_runs(api: HostApi, spec: VMSpec) -> None:
+    await api.run(roomy(spec))
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    assert await vcpus_of(api, spec.name) == 1
+    for _ in range(2):
+        resized = await api.set(spec.name, Changes(vcpus=3))
+        assert (resized.applied, resized.pending) == (("vcpus",), ())
+    await until(api, spec.name, lambda value: value == 3)
+    details = await api.show(spec.name)
+    assert details.usage is not None and details.usage.vcpus == 3
+    assert (details.spec.vcpus, details.status.vcpus, details.pending) == (3, 3, ())
+    resized = await api.set(spec.name, Changes(vcpus=2))
+    if reason := await missing(api, "vcpus-remove", spec.name):
+        assert resized.reasons == {"vcpus": reason}
+        assert [(each.setting, each.now, each.then) for each in resized.pending] == [("vcpus", "3", "2")]
+        assert await vcpus_of(api, spec.name) == 3
+        assert (await api.vms())[0].pending == ("vcpus",)
+        await api.kill(spec.name)
+        await api.start(spec.name)
+        await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    assert await until(api, spec.name, lambda value: value == 2)
+    assert (await api.show(spec.name)).pending == ()
+    await api.remove(spec.name, force=True)
+
+
+async def test_memory_grows_and_shrinks_while_the_guest_runs(api: HostApi, spec: VMSpec) -> None:
+    await api.run(roomy(spec))
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    first = await until(api, spec.name, about(192), memory=True)
+    for memory_mib in (320, 160, 256):
+        resized = await api.set(spec.name, Changes(memory_mib=memory_mib))
+        assert (resized.applied, resized.pending) == (("memory_mib",), ())
+        seen = await memory_of(api, spec.name)
+        assert abs(seen - first - (memory_mib - 192)) <= 4, "to the MiB, but for what Xen rounds"
+        details = await api.show(spec.name)
+        assert details.usage is not None and details.usage.memory_mib is not None
+        assert abs(details.usage.memory_mib - memory_mib) <= 4
+    await api.reboot(spec.name, force=True)
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    await until(api, spec.name, about(256), memory=True)
+    await api.remove(spec.name, force=True)
+
+
+async def test_a_guest_that_can_not_spare_it_keeps_its_memory(api: HostApi, booted: str) -> None:
+    """Nothing has changed after an error: neither the guest, nor the spec."""
+    before, seen = await api.show(booted), await memory_of(api, booted)
+    with pytest.raises((WrongState, TimedOut), match=f"VM '{booted}' was not changed"):
+        await api.set(booted, Changes(memory_mib=16))
+    assert (await api.show(booted)).spec == before.spec
+    assert abs(await until(api, booted, lambda value: abs(value - seen) <= 4, memory=True) - seen) <= 4
+
+
+async def test_more_than_there_is_room_for_waits(api: HostApi, booted: str) -> None:
+    resized = await api.set(booted, Changes(vcpus=2, memory_mib=200))
+    assert resized.applied == ()
+    assert {each.setting for each in resized.pending} == {"vcpus", "memory_mib"} == resized.reasons.keys()
+    assert await vcpus_of(api, booted) == 1
+    assert (await api.show(booted)).status.pending == ("vcpus", "memory_mib")
+    await api.kill(booted)
+    assert (await api.start(booted)).pending == ()
+    await api.wait_for_ssh(booted, timeout_s=BOOT_S)
+    assert await vcpus_of(api, booted) == 2
+    assert about(200)(await memory_of(api, booted))
+
+
+async def test_a_vm_at_rest_is_changed_for_its_start(api: HostApi, spec: VMSpec) -> None:
+    with pytest.raises(NotFound):
+        await api.set(spec.name, Changes(vcpus=2))
+    await api.create(spec)
+    resized = await api.set(spec.name, Changes(vcpus=2, memory_mib=160))
+    assert (resized.status.state, resized.applied, resized.pending) == (VMState.STOPPED, (), ())
+    status = await api.start(spec.name)
+    assert (status.vcpus, status.memory_mib, status.pending) == (2, 160, ())
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    assert await vcpus_of(api, spec.name) == 2
+    assert about(160)(await memory_of(api, spec.name))
+    await api.remove(spec.name, force=True)
+
+
+async def test_a_paused_guest_takes_no_part(api: HostApi, booted: str) -> None:
+    before = (await api.show(booted)).spec
+    await api.pause(booted)
+    with pytest.raises(WrongState, match="paused") as raised:
+        await api.set(booted, Changes(memory_mib=100))
+    assert raised.value.hint is not None and "resume" in raised.value.hint
+    assert (await api.show(booted)).spec == before
+
+
+async def test_affinity_of_a_spec_and_of_a_running_vm(api: HostApi, spec: VMSpec) -> None:
+    await api.run(replace(spec, cpu_affinity="0"))
+    assert (await api.set(spec.name, Changes(cpu_affinity="all"))).applied == ("cpu_affinity",)
+    assert (await api.set(spec.name, Changes(cpu_affinity="0"))).applied == ("cpu_affinity",)
+    with pytest.raises(InvalidInput, match="this host has no CPU 4000"):
+        await api.set(spec.name, Changes(cpu_affinity="0,4000"))
+    assert (await api.show(spec.name)).spec.cpu_affinity == "0"
+    await api.remove(spec.name, force=True)
+
+
+async def test_weight_and_limit(api: HostApi, spec: VMSpec) -> None:
+    await needs(api, "cpu-limit")
+    await needs(api, "cpu-weight")
+    await api.run(replace(spec, cpu_weight=200, cpu_limit=50))
+    resized = await api.set(spec.name, Changes(cpu_weight=300, cpu_limit=0))
+    assert (resized.applied, resized.pending) == (("cpu_weight", "cpu_limit"), ())
+    shown = (await api.show(spec.name)).spec
+    assert (shown.cpu_weight, shown.cpu_limit) == (300, None)
+    await api.remove(spec.name, force=True)
+
+
+async def test_a_resized_vm_is_saved_and_goes_on(api: HostApi, spec: VMSpec) -> None:
+    await needs(api, "save")
+    await api.run(roomy(spec))
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    boot = await guest(api, spec.name, "cat /proc/sys/kernel/random/boot_id")
+    await api.set(spec.name, Changes(vcpus=2, memory_mib=256))
+    await until(api, spec.name, lambda value: value == 2)
+    seen = await memory_of(api, spec.name)
+    for _ in range(2):
+        assert (await api.save(spec.name)).vcpus == 2
+        await api.start(spec.name)
+        assert await guest(api, spec.name, "cat /proc/sys/kernel/random/boot_id") == boot
+        assert (await vcpus_of(api, spec.name), await memory_of(api, spec.name)) == (2, seen)
+    await api.set(spec.name, Changes(vcpus=3, memory_mib=300))
+    await until(api, spec.name, lambda value: value == 3)
+    assert abs(await memory_of(api, spec.name) - seen - 44) <= 4
+    await api.remove(spec.name, force=True)
