@@ -23,7 +23,7 @@ from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, S
 from polyvisor.host.images import Images
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
-from polyvisor.host.observed import status_of
+from polyvisor.host.observed import status_of, waiting
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.setup.wish import Wish
 from polyvisor.host.store import VMDirectory, VMStore
@@ -346,7 +346,7 @@ class Host(Mover):
             directory=str(vm.path),
             saved=describe(vm) if status.state is VMState.SAVED else None,
             usage=await resize.observed_usage(vm, self.drivers.of(vm), status),
-            pending=resize.waiting(record, launch, status.state),
+            pending=waiting(record, launch, status.state),
         )
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:

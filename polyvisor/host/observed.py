@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from polyvisor.drivers.base import Observed
+from polyvisor.host.record import Launch, Record, resources_of
 from polyvisor.host.store import VMDirectory
-from polyvisor.status import VMState, VMStatus
+from polyvisor.spec.resources import SETTINGS
+from polyvisor.status import Pending, VMState, VMStatus
 
 
 def status_of(vm: VMDirectory, observed: Observed) -> VMStatus:
@@ -16,11 +18,6 @@ def status_of(vm: VMDirectory, observed: Observed) -> VMStatus:
     if observed.state is not VMState.RUNNING:
         observed = with_saved(vm, observed)
     given = launch.resources if launch and observed.state.keeps_devices else None
-    pending: tuple[str, ...] = ()
-    if launch is not None and given is not None:
-        from polyvisor.host.resize import waiting
-
-        pending = tuple(each.setting for each in waiting(record, launch, observed.state))
     return VMStatus(
         name=vm.name,
         id=record.id,
@@ -36,7 +33,7 @@ def status_of(vm: VMDirectory, observed: Observed) -> VMStatus:
         started_at=launch.started_at if launch and alive else None,
         forwards=launch.forwards if launch and alive else (),
         labels=record.spec.labels,
-        pending=pending,
+        pending=tuple(each.setting for each in waiting(record, launch, observed.state)),
     )
 
 
@@ -55,3 +52,26 @@ def with_saved(vm: VMDirectory, observed: Observed) -> Observed:
         reason = f"its memory is being saved; if that was cut off: polyvisor resume {vm.name}, or save again"
         return replace(observed, reason=reason)
     return observed
+
+
+def waiting(record: Record, launch: Launch | None, state: VMState) -> tuple[Pending, ...]:
+    """What is other at the next boot of a VM that is alive, or saved, than it is now.
+
+    Room for more is a change only where the spec says how much is wanted: otherwise it follows what there is.
+    """
+    if not state.keeps_devices or launch is None or (given := launch.resources) is None:
+        return ()
+    wanted = resources_of(record.spec, record.memory_mib)
+    return tuple(
+        Pending(setting=name, now=shown(name, now), then=shown(name, then))
+        for name in SETTINGS
+        if (now := getattr(given, name)) != (then := getattr(wanted, name))
+        and (name not in ("vcpus_max", "memory_max_mib") or getattr(record.spec, name) is not None)
+    )
+
+
+def shown(name: str, value: int | str | None) -> str:
+    """The value of a setting for people, with its unit."""
+    if value is None:
+        return "none"
+    return f"{value}{' MiB' if name.endswith('_mib') else '%' if name == 'cpu_limit' else ''}"

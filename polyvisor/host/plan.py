@@ -13,13 +13,13 @@ from pathlib import Path
 from polyvisor.drivers.base import Boot, BootDisk, BootNic
 from polyvisor.drivers.qemu.devices import IDE_PLACES
 from polyvisor.errors import InvalidInput, Unsupported
-from polyvisor.host.record import Launch, Record
+from polyvisor.host.record import Launch, Record, resources_of
 from polyvisor.images.image import Image, Seed
 from polyvisor.network.ports import chosen_forwards, wanted_forwards
 from polyvisor.network.private import multicast_group
 from polyvisor.spec.cpus import ALL_CPUS, parse_cpus, show_cpus
 from polyvisor.spec.forward import Forward
-from polyvisor.spec.resources import NORMAL_WEIGHT, Resources
+from polyvisor.spec.resources import NORMAL_WEIGHT
 from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, VMSpec, check_most
 from polyvisor.status import Accelerator, Capabilities
 
@@ -171,19 +171,6 @@ def check_networks(spec: VMSpec, capabilities: Capabilities) -> None:
     for nic in spec.nics:
         if reason := capabilities.missing.get(nic.network.partition(":")[0]):
             raise Unsupported(f"network: {nic.network}: {reason}", hint="use network: none")
-
-
-def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
-    """What a VM of `spec` is started with; `memory_mib` is what it has where the spec leaves that to its image."""
-    return Resources(
-        vcpus=spec.vcpus,
-        vcpus_max=spec.vcpus_max or spec.vcpus,
-        memory_mib=memory_mib,
-        memory_max_mib=spec.memory_max_mib or memory_mib,
-        cpu_weight=spec.cpu_weight,
-        cpu_limit=spec.cpu_limit,
-        cpu_affinity=spec.cpu_affinity,
-    )
 
 
 def check_resources(spec: VMSpec, memory_mib: int, capabilities: Capabilities, total_mib: int) -> None:

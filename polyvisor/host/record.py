@@ -55,6 +55,19 @@ class Launch:
     resources: Resources | None = None
 
 
+def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
+    """What a VM of `spec` is started with; `memory_mib` is what it has where the spec leaves that to its image."""
+    return Resources(
+        vcpus=spec.vcpus,
+        vcpus_max=spec.vcpus_max or spec.vcpus,
+        memory_mib=memory_mib,
+        memory_max_mib=spec.memory_max_mib or memory_mib,
+        cpu_weight=spec.cpu_weight,
+        cpu_limit=spec.cpu_limit,
+        cpu_affinity=spec.cpu_affinity,
+    )
+
+
 def record_to_json(record: Record) -> str:
     plain = {**{key: getattr(record, key) for key in _RECORD_KEYS}, "spec": unstructure(record.spec)}
     return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Driver
 from polyvisor.errors import InvalidInput, PolyvisorError, WrongState
-from polyvisor.host.plan import choose_accelerator, resources_of
-from polyvisor.host.record import Launch, Record
+from polyvisor.host.observed import waiting
+from polyvisor.host.plan import choose_accelerator
+from polyvisor.host.record import Launch, Record, resources_of
 from polyvisor.host.store import VMDirectory
 from polyvisor.spec.resources import SETTINGS, Changes, Resources
-from polyvisor.status import Capabilities, Pending, Resized, Usage, VMState, VMStatus
+from polyvisor.spec.vm import DeviceModel
+from polyvisor.status import Capabilities, Resized, Usage, VMState, VMStatus
 
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
 SCHEDULING = ("cpu_weight", "cpu_limit", "cpu_affinity")
+NO_BALLOON = dict.fromkeys(("memory-add", "memory-remove"), "emulated devices have no balloon")
 NO_ROOM = "it was started with room for {most}"
 
 
@@ -71,29 +74,6 @@ def _refusal(name: str, value: int, given: Resources, capabilities: Capabilities
         what = "vcpus" if name == "vcpus" else "memory"
         feature = f"{what}-{'add' if value > getattr(given, name) else 'remove'}"
     return capabilities.refusal(feature, launch.hypervisor, launch.mode)
-
-
-def waiting(record: Record, launch: Launch | None, state: VMState) -> tuple[Pending, ...]:
-    """What is other at the next boot of a VM that is alive, or saved, than it is now.
-
-    Room for more is a change only where the spec says how much is wanted: otherwise it follows what there is.
-    """
-    if not state.keeps_devices or launch is None or (given := launch.resources) is None:
-        return ()
-    wanted = resources_of(record.spec, record.memory_mib)
-    return tuple(
-        Pending(setting=name, now=shown(name, now), then=shown(name, then))
-        for name in SETTINGS
-        if (now := getattr(given, name)) != (then := getattr(wanted, name))
-        and (name not in ("vcpus_max", "memory_max_mib") or getattr(record.spec, name) is not None)
-    )
-
-
-def shown(name: str, value: int | str | None) -> str:
-    """The value of a setting for people, with its unit."""
-    if value is None:
-        return "none"
-    return f"{value}{' MiB' if name.endswith('_mib') else '%' if name == 'cpu_limit' else ''}"
 
 
 async def observed_usage(vm: VMDirectory, driver: Driver, status: VMStatus) -> Usage | None:
@@ -144,6 +124,8 @@ async def _change_alive(
 ) -> dict[str, str]:
     """Change a VM that is alive as far as that can be; returns why the rest waits."""
     driver = host.drivers.of(vm)
+    if before.spec.devices is DeviceModel.EMULATED:
+        capabilities = replace(capabilities, missing={**capabilities.missing, **NO_BALLOON})
     given = launch.resources or resources_of(before.spec, before.memory_mib)
     target, reasons = at_once(given, resources_of(after.spec, after.memory_mib), names, capabilities, launch)
     acts = [name for name in ("cpu_affinity", "memory_mib", "vcpus") if name not in reasons and _concerns(name, names)]

@@ -23,9 +23,10 @@ from polyvisor.errors import InvalidInput, PolyvisorError, TimedOut, Unsupported
 from polyvisor.files import is_flocked
 from polyvisor.home import Home
 from polyvisor.host.host import Host
-from polyvisor.host.plan import check_resources, resources_of
-from polyvisor.host.record import Launch, Record, boot_id
-from polyvisor.host.resize import at_once, changed, shown, waiting
+from polyvisor.host.observed import shown, waiting
+from polyvisor.host.plan import check_resources
+from polyvisor.host.record import Launch, Record, boot_id, resources_of
+from polyvisor.host.resize import at_once, changed
 from polyvisor.host.store import VMDirectory
 from polyvisor.spec.cpus import parse_cpus, show_cpus
 from polyvisor.spec.resources import Changes, Resources
@@ -331,6 +332,13 @@ async def test_a_vm_that_an_older_version_started(host: Host, driver: Refusing) 
     vm.write_launch(replace(LAUNCH, resources=None))
     assert (await host.set("a", Changes(vcpus=4))).applied == ("vcpus",)
     assert read(host)[1] == replace(GIVEN, vcpus=4)
+
+
+async def test_memory_of_emulated_devices_waits(host: Host, driver: Refusing) -> None:
+    host.store.directory("a").write_record(record(devices=DeviceModel.EMULATED, memory_max_mib=None))
+    resized = await host.set("a", Changes(memory_mib=300))
+    assert [each.setting for each in resized.pending] == ["memory_mib"]
+    assert (driver.told, resized.reasons) == ([], {"memory_mib": "emulated devices have no balloon"})
 
 
 async def test_a_vm_at_rest_is_changed_for_its_next_start(host: Host, driver: Refusing) -> None:
