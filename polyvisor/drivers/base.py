@@ -195,9 +195,10 @@ class Driver(Protocol):
         Raises TimedOut where the guest does not take part. This and the next two may be repeated.
         """
 
-    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
+    async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
         """Give a running VM so much memory, at most as much as it was started with room for.
 
+        Without `wait` its guest is only told, as at a start: it obeys when it can.
         Raises WrongState where the guest can't spare it, or does not listen; TimedOut where it gives less.
         """
 

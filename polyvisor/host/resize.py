@@ -194,4 +194,4 @@ async def settle(vm: VMDirectory, driver: Driver) -> None:
     given = launch.resources if launch else None
     if given is not None and given.memory_mib < given.memory_max_mib:
         with contextlib.suppress(PolyvisorError):
-            await driver.set_memory(vm, given.memory_mib)
+            await driver.set_memory(vm, given.memory_mib, wait=False)

@@ -54,6 +54,10 @@ IN_TURN = {
     "test_start_and_kill_are_idempotent": Mode.HVM,
     "test_what_the_guest_gets_is_what_was_asked_for": Mode.PV,
     "test_a_failed_run_leaves_nothing": Mode.PV,
+    "test_vcpus_are_added_and_removed_while_the_guest_runs": Mode.PVH,
+    "test_memory_grows_and_shrinks_while_the_guest_runs": Mode.PVH,
+    "test_a_guest_that_can_not_spare_it_keeps_its_memory": Mode.PV,
+    "test_weight_and_limit": Mode.PV,
 }
 HOMES = 100
 HOSTS = 2
@@ -62,13 +66,14 @@ _numbers = itertools.count()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the contract on Xen, run IN_TURN unless all is asked for: on an emulated host a test takes a minute and more."""
-    allow_reruns([item for item in items if "lab/test_xen" in item.nodeid])
+    allow_reruns([item for item in items if "lab/test_xen" in item.nodeid or "lab/test_resize" in item.nodeid])
     if os.environ.get("POLYVISOR_TEST_ALL"):
         return
     reason = "takes a minute and more on an emulated Xen: tested with POLYVISOR_TEST_ALL=1"
-    inside = [each for each in items if isinstance(each, pytest.Function) and "test_xen_contract" in each.nodeid]
+    modules = ("test_xen_contract", "lab/test_resize")
+    inside = [e for e in items if isinstance(e, pytest.Function) and any(module in e.nodeid for module in modules)]
     for test in inside:
-        if hasattr(test, "callspec") and IN_TURN.get(test.originalname) is not test.callspec.params["spec"]:
+        if hasattr(test, "callspec") and IN_TURN.get(test.originalname) is not test.callspec.params.get("spec"):
             test.add_marker(pytest.mark.skip(reason=reason))
 
 

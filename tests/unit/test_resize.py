@@ -236,8 +236,8 @@ class Refusing:
         self._tell("vcpus", count)
         self.has = replace(self.has, vcpus=count)
 
-    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
-        self._tell("memory", memory_mib)
+    async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
+        self._tell("memory" if wait else "target", memory_mib)
         self.has = replace(self.has, memory_mib=memory_mib)
 
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
@@ -325,6 +325,12 @@ async def test_killed_after_the_record_was_written(host: Host, driver: Refusing)
     assert (await host.set("a", Changes(vcpus=3))).applied == ("vcpus",)
     assert driver.told == ["vcpus 3"]
     assert (await host.vms())[0].pending == ()
+
+
+async def test_start_finishes_one_that_was_cut_off(host: Host, driver: Refusing) -> None:
+    """QEMU was there, and its balloon had not been told yet."""
+    await host.start("a")
+    assert driver.told == ["target 256"]
 
 
 async def test_a_vm_that_an_older_version_started(host: Host, driver: Refusing) -> None:

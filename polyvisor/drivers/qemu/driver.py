@@ -309,11 +309,11 @@ class QemuDriver:
         async with self._monitor(vm) as monitor:
             await set_vcpus(monitor, count)
 
-    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
-        from polyvisor.drivers.qemu.resize import set_memory
+    async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
+        from polyvisor.drivers.qemu.resize import ask_for_memory, set_memory
 
         async with self._monitor(vm) as monitor:
-            await set_memory(monitor, memory_mib)
+            await (set_memory if wait else ask_for_memory)(monitor, memory_mib)
 
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
         from polyvisor.drivers.qemu.affinity import pin

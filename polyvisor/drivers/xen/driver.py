@@ -279,7 +279,9 @@ class XenDriver:
         await resize.set_vcpus(lambda: self._domain(vm), count)
         await self._keep(vm, vcpus=count)
 
-    async def set_memory(self, vm: VMDirectory, memory_mib: int) -> None:
+    async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
+        if not wait:  # Xen tells a guest before it begins
+            return
         await resize.set_memory(lambda: self._domain(vm), memory_mib)
         await self._keep(vm, memory_mib=memory_mib)
 
