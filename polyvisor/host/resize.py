@@ -143,7 +143,7 @@ async def _change_alive(
     except BaseException as error:
         for name in reversed(done):
             with contextlib.suppress(PolyvisorError):
-                await _act(driver, vm, name, given)
+                await _act(driver, vm, name, given, wait=False)
                 _note(vm, name, given)
         vm.write_record(before)
         if isinstance(error, PolyvisorError):
@@ -157,11 +157,11 @@ def _concerns(act: str, names: tuple[str, ...]) -> bool:
     return any(name in names for name in (SCHEDULING if act == "cpu_affinity" else (act,)))
 
 
-async def _act(driver: Driver, vm: VMDirectory, name: str, target: Resources) -> None:
+async def _act(driver: Driver, vm: VMDirectory, name: str, target: Resources, *, wait: bool = True) -> None:
     if name == "vcpus":
         await driver.set_vcpus(vm, target.vcpus)
     elif name == "memory_mib":
-        await driver.set_memory(vm, target.memory_mib)
+        await driver.set_memory(vm, target.memory_mib, wait=wait)
     else:
         await driver.set_scheduling(vm, target)
 

@@ -17,7 +17,7 @@ from polyvisor.cli.set import _changes
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.qemu.affinity import on_cpus, pin
 from polyvisor.drivers.qemu.driver import MISSING
-from polyvisor.drivers.xen.config import build_config, with_resources, xen_weight
+from polyvisor.drivers.xen.config import build_config, with_resources, xen_cap, xen_weight
 from polyvisor.drivers.xen.probe import MISSING as XEN_MISSING
 from polyvisor.errors import InvalidInput, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.files import is_flocked
@@ -237,7 +237,7 @@ class Refusing:
         self.has = replace(self.has, vcpus=count)
 
     async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
-        self._tell("memory" if wait else "target", memory_mib)
+        self._tell("memory" if wait else "target", memory_mib)  # without waiting it is told alone
         self.has = replace(self.has, memory_mib=memory_mib)
 
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
@@ -299,7 +299,7 @@ async def test_what_is_refused_changes_nothing(host: Host, driver: Refusing, die
         await host.set("a", Changes(vcpus=3, memory_mib=300, cpu_affinity="0"))
     assert dies or "VM 'a' was not changed: vcpus 3: refused" in str(raised.value)
     assert read(host) == before
-    assert driver.told == ["affinity 0", "memory 300", "vcpus 2", "memory 256", "affinity all"]
+    assert driver.told == ["affinity 0", "memory 300", "vcpus 2", "target 256", "affinity all"]
 
 
 async def test_what_waits_is_shown_until_it_is_in_force(host: Host, driver: Refusing) -> None:
@@ -407,6 +407,14 @@ def test_threads_are_where_they_are_pinned() -> None:
 @pytest.mark.parametrize(("weight", "xens"), [(1, 3), (100, 256), (200, 512), (50, 128), (10_000, 25_600)])
 def test_weights_of_xen(weight: int, xens: int) -> None:
     assert xen_weight(weight) == xens
+
+
+@pytest.mark.parametrize(
+    ("limit", "vcpus", "cap"), [(None, 1, 0), (50, 1, 50), (100, 1, 0), (150, 2, 150), (250, 2, 0)]
+)
+def test_caps_of_xen(limit: int | None, vcpus: int, cap: int) -> None:
+    """Xen refuses one that is larger than what all vCPUs can use."""
+    assert xen_cap(replace(GIVEN, vcpus_max=vcpus, cpu_limit=limit)) == cap
 
 
 @pytest.mark.parametrize("name", XL_BOOTS)

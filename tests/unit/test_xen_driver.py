@@ -359,7 +359,7 @@ async def test_resources_of_a_running_domain(xen: Path, vm: VMDirectory) -> None
     calls = [line for line in (xen / "calls").read_text().splitlines() if line.split()[0] not in ("list", "console")]
     keep = f"config-update 1 {vm.path}/xl.cfg"
     assert calls == [
-        *("vcpu-set 1 3", keep, "mem-set 1 300m", keep),
+        *("vcpu-set --ignore-host 1 3", keep, "mem-set 1 300m", keep),
         *("sched-credit2 -d 1 -w 512 -c 50", "vcpu-pin 1 all 0-1", keep),
         *("sched-credit2 -d 1 -w 256 -c 0", "vcpu-pin 1 all all", keep),
     ]
@@ -379,7 +379,7 @@ async def test_a_guest_of_xen_that_does_not_listen(xen: Path, vm: VMDirectory, m
     with pytest.raises(TimedOut, match="came to 128 MiB instead of 300"):
         await DRIVER.set_memory(vm, 300)
     calls = [line for line in (xen / "calls").read_text().splitlines() if "-set" in line]
-    assert calls == ["vcpu-set 1 2", "vcpu-set 1 1", "mem-set 1 300m", "mem-set 1 128m"]
+    assert calls == ["vcpu-set --ignore-host 1 2", "vcpu-set --ignore-host 1 1", "mem-set 1 300m", "mem-set 1 128m"]
     assert (vm.path / "xl.cfg").read_text() == config
     await DRIVER.kill(vm)
 

@@ -6,7 +6,7 @@ It writes the lines that xl 4.17 writes (tests/captured/xl). `broken` in its dir
 PROGRAM = r"""#!{python} -S
 import os, re, sys, time
 D = "{directory}"
-words = [w for w in sys.argv[1:] if w not in ("-F", "-c", "-v")]
+words = [w for w in sys.argv[1:] if w not in ("-F", "-c", "-v", "--ignore-host")]
 verb = words[0]
 broken = open(D + "/broken").read() if os.path.exists(D + "/broken") else ""
 open(D + "/calls", "a").write(" ".join(sys.argv[1:]) + "\n")

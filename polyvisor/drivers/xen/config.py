@@ -51,7 +51,7 @@ def resource_settings(resources: Resources) -> list[tuple[str, str]]:
     optional = {
         "maxvcpus": str(resources.vcpus_max) if resources.vcpus_max > resources.vcpus else None,
         "cpu_weight": str(xen_weight(resources.cpu_weight)) if resources.cpu_weight != NORMAL_WEIGHT else None,
-        "cap": str(resources.cpu_limit) if resources.cpu_limit is not None else None,
+        "cap": str(cap) if (cap := xen_cap(resources)) else None,
         "cpus": quoted(resources.cpu_affinity) if resources.cpu_affinity != ALL_CPUS else None,
     }
     return [
@@ -68,6 +68,12 @@ def with_resources(config: str, resources: Resources) -> str:
     return "".join(
         f"{line}\n" for line in [*lines, *(f"{name} = {value}" for name, value in resource_settings(resources))]
     )
+
+
+def xen_cap(resources: Resources) -> int:
+    """The limit as the scheduler's `cap`, which has to be one: 0 stands for none, and so for as much as all vCPUs can use."""
+    limit = resources.cpu_limit or 0
+    return limit if limit < 100 * resources.vcpus_max else 0
 
 
 def xen_weight(weight: int) -> int:

@@ -280,9 +280,7 @@ class XenDriver:
         await self._keep(vm, vcpus=count)
 
     async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
-        if not wait:  # Xen tells a guest before it begins
-            return
-        await resize.set_memory(lambda: self._domain(vm), memory_mib)
+        await resize.set_memory(lambda: self._domain(vm), memory_mib, wait=wait)
         await self._keep(vm, memory_mib=memory_mib)
 
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:

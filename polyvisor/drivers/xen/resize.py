@@ -10,15 +10,16 @@ import time
 from collections.abc import Awaitable, Callable
 
 from polyvisor.drivers.xen import xl
-from polyvisor.drivers.xen.config import xen_weight
+from polyvisor.drivers.xen.config import xen_cap, xen_weight
 from polyvisor.drivers.xen.listing import Domain
 from polyvisor.errors import PolyvisorError, TimedOut
 from polyvisor.spec.resources import Resources
 from polyvisor.waiting import pause
 
 PATIENCE_S = 30.0  # without any progress
-# What `xl list` shows as memory is rounded, and without what Xen keeps for the guest's video and console pages.
-SLACK_MIB = 2
+SETTLED_S = 1.0
+# What `xl list` shows as memory is rounded, and an HVM guest's video memory (8 MiB) is counted now and then.
+SLACK_MIB = 10
 _POLL_S = 0.1
 
 Find = Callable[[], Awaitable[Domain]]
@@ -29,16 +30,19 @@ async def set_vcpus(find: Find, count: int) -> None:
     domain = await find()
     if domain.vcpus == count:
         return
-    await xl.xl("vcpu-set", str(domain.id), str(count))
-    await _until(find, lambda d: d.vcpus, count, 0, "vCPUs", ("vcpu-set", str(domain.id), str(domain.vcpus)))
+    # Without it xl refuses more than the host has, which a domain may very well be started with.
+    words = ("vcpu-set", "--ignore-host", str(domain.id))
+    await xl.xl(*words, str(count))
+    await _until(find, lambda d: d.vcpus, count, 0, "vCPUs", (*words, str(domain.vcpus)))
 
 
-async def set_memory(find: Find, memory_mib: int) -> None:
+async def set_memory(find: Find, memory_mib: int, *, wait: bool = True) -> None:
     """Let a domain have `memory_mib`; raises TimedOut where its guest comes to less, ProcessFailed where Xen has less."""
     domain = await find()
     await xl.xl("mem-set", str(domain.id), f"{memory_mib}m")
     back = ("mem-set", str(domain.id), f"{domain.memory_mib}m")
-    await _until(find, lambda d: d.memory_mib, memory_mib, SLACK_MIB, "MiB", back)
+    if wait:
+        await _until(find, lambda d: d.memory_mib, memory_mib, SLACK_MIB, "MiB", back)
 
 
 async def _until(
@@ -47,8 +51,8 @@ async def _until(
     """Wait for as long as the guest comes nearer; what it was told is taken `back` where it does not get there."""
     try:
         value, since = has(await find()), time.monotonic()
-        while abs((now := has(await find())) - wanted) > slack:
-            if now != value:
+        while abs(value - wanted) > slack or (value != wanted and time.monotonic() - since < SETTLED_S):
+            if (now := has(await find())) != value:
                 value, since = now, time.monotonic()
             if time.monotonic() - since > PATIENCE_S:
                 hint = "let it boot to its end; or ask for what it can reach"
@@ -62,6 +66,6 @@ async def _until(
 
 async def set_scheduling(domain: int, resources: Resources) -> None:
     """Weight, limit and affinity of a domain, all at once: what is as it was stays."""
-    cap = str(resources.cpu_limit or 0)  # 0 is no limit
-    await xl.xl("sched-credit2", "-d", str(domain), "-w", str(xen_weight(resources.cpu_weight)), "-c", cap)
+    weight, cap = xen_weight(resources.cpu_weight), xen_cap(resources)
+    await xl.xl("sched-credit2", "-d", str(domain), "-w", str(weight), "-c", str(cap))
     await xl.xl("vcpu-pin", str(domain), "all", resources.cpu_affinity)
