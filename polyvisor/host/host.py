@@ -8,18 +8,18 @@ driver. Looking at VMs is what is done most: what other verbs need is imported b
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
 from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, Unsupported, WrongState
 from polyvisor.home import Home, default_home
-from polyvisor.host.api import STOP_TIMEOUT_S, Details, Obtainable, SSHTarget, StoredImage
+from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
+from polyvisor.host.image_keeper import ImageKeeper
 from polyvisor.host.images import Images
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
@@ -45,12 +45,10 @@ from polyvisor.status import (
 )
 from polyvisor.waiting import event_loop, pause
 
-if TYPE_CHECKING:
-    from polyvisor.images.inspection.findings import Inspection
 _POLL_S = 0.1
 
 
-class Host(Mover):
+class Host(Mover, ImageKeeper):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -434,48 +432,6 @@ class Host(Mover):
         target = await self.ssh_target(name)
         await until_ssh_answers(self.store.get(name), target, timeout_s, progress)
         return target
-
-    # Images
-
-    async def image_list(self) -> list[StoredImage]:
-        return [self.images.stored(image) for image in self.images.store.all()]
-
-    async def image_show(self, name: str) -> StoredImage:
-        return self.images.stored(self.images.store.get(name))
-
-    async def image_inspect(self, name: str, progress: Progress = silent) -> Inspection:
-        return await self.images.inspect(name, progress)
-
-    async def image_catalogue(self) -> list[Obtainable]:
-        return self.images.obtainable()
-
-    async def image_pull(self, name: str, progress: Progress = silent) -> Image:
-        return await self.images.ensure(name, progress)
-
-    async def image_build(self, kind: str, progress: Progress = silent, **options: Any) -> Image:
-        return await self.images.build(kind, progress, **options)
-
-    async def image_import(
-        self, source: str, *, name: str | None = None, progress: Progress = silent, **options: Any
-    ) -> Image:
-        return await self.images.import_(source, progress, name=name, **options)
-
-    async def image_export(self, name: str) -> AsyncGenerator[bytes]:
-        with contextlib.closing(self.images.export(name)) as chunks:
-            for chunk in chunks:
-                yield chunk
-
-    async def image_remove(self, name: str) -> None:
-        self.images.remove(name, self._users_of)
-
-    def _users_of(self, image: Image) -> list[str]:
-        """Names of the VMs that stand on `image`."""
-        users = []
-        for name in self.store.names():
-            with contextlib.suppress(NotFound):  # removed since we looked
-                if self.store.directory(name).record.image_id == image.id:
-                    users.append(name)
-        return users
 
     # Helpers
 
