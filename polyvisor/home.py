@@ -8,6 +8,9 @@
     <home>/hosts/            other hosts that have names here
     <home>/access/           keys of their guests
     <home>/run/              SSH connections that commands share
+    <home>/id                who this host is, whatever others call it
+    <home>/moved/            which VMs have left it for other hosts
+    <home>/arrived/          which have come from there
     <home>/calls/            what users of other machines had done here in the last day
 
 The home is $POLYVISOR_HOME; without it /var/lib/polyvisor for root and $XDG_DATA_HOME/polyvisor

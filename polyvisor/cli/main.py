@@ -37,7 +37,7 @@ VERBS = {
     "pause": ("lifecycle", "stop the vCPUs of VMs"),
     "resume": ("lifecycle", "let paused VMs go on"),
     "save": ("lifecycle", "write the memory of VMs to disk and end them, until they are started"),
-    "move": ("move", "carry stopped VMs to other hosts"),
+    "move": ("move", "carry a stopped VM, with its disks, to another host"),
     "set": ("set", "change vCPUs, memory and CPU shares of a VM, also while it runs"),
     "rm": ("lifecycle", "delete VMs and their disks"),
     "console": ("console", "attach to the serial console"),

@@ -56,6 +56,9 @@ async def check(host: Host, cargo: Cargo, move: Move) -> Landing:
     vm = host.store.directory(move.new_name)
     if _holds(vm, move):
         return Landing(arrived=True, image_id=vm.record.image_id)
+    if moves.has_arrived(host.home, move.token):
+        problem = f"VM '{move.name}' has come by this move before, as '{move.new_name}'"
+        raise WrongState(problem, hint="look where it is now: polyvisor ls")
     if vm.path.exists() and not _is_void(vm, move):
         raise AlreadyExists(f"there is a VM '{vm.name}' already", hint="give the one that comes another name: --name")
     image = find_image(host.images.store, cargo.image)
@@ -105,6 +108,7 @@ async def release(host: Host, move: Move) -> None:
             problem = f"VM '{move.name}' was moved to {move.target}, and there is no VM '{vm.name}' there any more"
             raise NotFound(problem, hint="it was removed since, or moved on")
         if _holds(vm, move):
+            moves.note_arrival(host.home, move)
             moves.drop_note(vm)
         elif vm.record.id != move.vm_id or _is_held(vm):
             raise WrongState(f"VM '{vm.name}' is another one than that which came from {move.source}")

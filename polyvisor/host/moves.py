@@ -1,8 +1,9 @@
 """A VM on its way from one host to another: the notes that see to it that exactly one of them can start it.
 
-    <vms>/<name>/move.json     at the source: it is leaving, or stays after all; at the target: it has come, and is held
-    <home>/moved/<token>.json  at the source, for good: it has let go of the VM, which the target may release
-    <home>/id                  who this host is, whatever others call it
+    <vms>/<name>/move.json       at the source: it is leaving, or stays after all; at the target: it has come, and is held
+    <home>/moved/<token>.json    at the source, for good: it has let go of the VM, which the target may release
+    <home>/arrived/<token>.json  at the target, for good: it has released the VM, and takes it in by this move no second time
+    <home>/id                    who this host is, whatever others call it
 
 A target releases what the source has let go of, and nothing else: the second of these files is the proof. Who writes them, and
 when, is in `moving.py` and `arrival.py`; why so, in docs/design/move.md.
@@ -210,10 +211,14 @@ def describe(vm: VMDirectory) -> str | None:
 
 def let_go(home: Home, move: Move) -> None:
     """Note, for good, that this host will not start the VM of `move` again."""
-    with storage_errors(f"noting that VM '{move.name}' has left"):
-        make_directory(home.path / "moved", 0o700)
-        sync_directory(home.path)
-        write_atomic(home.path / "moved" / f"{move.token}.json", _to_json(move))
+    _keep(home.path / "moved", move)
+
+
+def _keep(directory: Path, move: Move) -> None:
+    with storage_errors(f"noting how far the move of VM '{move.name}' is"):
+        make_directory(directory, 0o700)
+        sync_directory(directory.parent)
+        write_atomic(directory / f"{move.token}.json", _to_json(move))
 
 
 def has_left(home: Home, token: str) -> bool:
@@ -229,6 +234,18 @@ def left(home: Home, name: str) -> tuple[Move, ...]:
         paths = sorted(directory.glob("[0-9a-f]*.json"), key=lambda path: path.stat().st_mtime)
     moves = [_read(path) for path in paths]
     return tuple(move for move in moves if move is not None and move.name == name)
+
+
+# What this host has released
+
+
+def note_arrival(home: Home, move: Move) -> None:
+    """Note, for good, that the VM of `move` has come: the same parcel, late, is not taken in again."""
+    _keep(home.path / "arrived", move)
+
+
+def has_arrived(home: Home, token: str) -> bool:
+    return (home.path / "arrived" / f"{check_id(token, 'token')}.json").exists()
 
 
 def _to_json(move: Move) -> str:

@@ -33,6 +33,7 @@ EXAMPLES = {
     "resume": "resume a",
     "save": "save a",
     "set": "set a --vcpus 2 --memory 1G --cpu-limit none",
+    "move": "move a --to b --name c",
     "rm": "rm -f a",
     "console": "console a",
     "logs": "logs -f a --hypervisor",

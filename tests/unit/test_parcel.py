@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyvisor.errors import ConnectionLost, ImageRefused, PolyvisorError, WrongState
+from polyvisor.errors import ConnectionLost, ImageRefused, NotFound, PolyvisorError, WrongState
 from polyvisor.host import moving
 from polyvisor.host.parcel import Parcel, packed, parse
 from polyvisor.remote.transfer import copy_image
@@ -100,6 +100,21 @@ async def test_however_it_is_cut(source: Machine, target: Machine, size: int) ->
     data = await given_out(source, target)
     await arrive(target, data, size=max(size, len(data) // 20_000))
     assert target.store.names() == ["web"]
+
+
+async def test_it_comes_once(source: Machine, target: Machine, tmp_path: Path) -> None:
+    """A command that was held up brings the same VM when it has come, was released, and has moved on."""
+    data = await given_out(source, target)
+    await arrive(target, data)
+    _, move = await offered(source, target)
+    await target.arrival_release(move)
+    await target.arrival_release(move)
+    with pytest.raises(WrongState, match="before"):
+        await arrive(target, data)
+    await target.remove("web")
+    assert "before" in await refusal(target, data, WrongState)
+    with pytest.raises(NotFound):
+        await target.arrival_release(move)
 
 
 # The manifest
