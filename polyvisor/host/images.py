@@ -146,7 +146,7 @@ class Images:
         return exported(self.store, self.store.get(name))
 
     def packing(self, image: Image) -> str | None:
-        """How the image's kernel is packed, a key of `bzimage.MAGICS`; None where it has none, or that can't be told."""
+        """How the image's kernel is packed, as `bzimage.packing` names it; None where it has none, or that can't be told."""
         if image.kernel is None:
             return None
         from polyvisor.images.bzimage import packing

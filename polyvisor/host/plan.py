@@ -24,8 +24,6 @@ from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, V
 from polyvisor.status import Accelerator, Capabilities
 
 _NO_XEN = Accelerator(name="xen", available=False, reason="this is no Xen host: it has not been booted by Xen")
-GRUB_UNPACKS = frozenset({"gzip", "xz", "lzo", "none"})
-"""How a kernel may be packed that GRUB boots in mode pv, where it has to unpack it (grub-core/loader/i386/xen_fileXX.c)."""
 SEED_DISK = Path("disks/seed.iso")
 SEEDED_INITRD = Path("disks/initrd")
 UEFI_VARIABLES = Path("disks/uefi-vars.fd")
@@ -113,6 +111,8 @@ def as_booted(spec: VMSpec, image: Image, mode: Mode, xen: Capabilities | None, 
     """
     if xen is None or mode is Mode.HVM or image.disk is None or f"disk-{mode}" in xen.missing or spec.cmdline:
         return image
+    from polyvisor.images.bzimage import GRUB_UNPACKS
+
     if mode is Mode.PV and image.kernel is not None and packing not in GRUB_UNPACKS:
         return image
     return replace(image, kernel=None, initrd=None)

@@ -128,8 +128,8 @@ async def test_mode_auto_says_why(xen: HostApi) -> None:
 
 
 @pytest.fixture(scope="module")
-async def disk_image(cache: Path, image_store: ImageStore) -> Image:
-    return await build_grub_disk(image_store, cache / "home" / "cache", "grub-disk")
+def disk_image(cache: Path, image_store: ImageStore) -> Image:
+    return asyncio.run(build_grub_disk(image_store, cache / "home" / "cache", "grub-disk"))
 
 
 @pytest.mark.parametrize("mode", [Mode.PVH, Mode.PV])

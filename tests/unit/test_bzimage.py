@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.images.bzimage import MAGICS, packing
+from polyvisor.images.bzimage import packing
+from polyvisor.images.inspection.unpacking import MAGICS
 
 
 def bzimage(payload: bytes, *, sectors: int = 4, offset: int = 64, version: int = 0x20F) -> bytes:
@@ -20,10 +21,10 @@ def bzimage(payload: bytes, *, sectors: int = 4, offset: int = 64, version: int 
     return bytes(head) + bytes(offset) + payload
 
 
-@pytest.mark.parametrize("name", MAGICS)
-def test_every_packer_is_known_by_what_it_writes_first(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "magic"), [*MAGICS.items(), ("none", b"\x7fELF")])
+def test_every_packer_is_known_by_what_it_writes_first(name: str, magic: bytes, tmp_path: Path) -> None:
     kernel = tmp_path / "vmlinuz"
-    kernel.write_bytes(bzimage(MAGICS[name] + b"rest"))
+    kernel.write_bytes(bzimage(magic + b"rest"))
     assert packing(kernel) == name
 
 

@@ -11,6 +11,7 @@ import struct
 from dataclasses import replace
 from typing import Protocol
 
+from polyvisor.images.bzimage import payload_start
 from polyvisor.images.inspection.budget import MIB, Budget, Unreadable
 from polyvisor.images.inspection.unpacking import Unpacked, packing_of
 from polyvisor.values import dataclass
@@ -88,9 +89,8 @@ def _machine(elf: bytes) -> str:
 
 
 def _payload(data: bytes) -> bytes:
-    offset, length = struct.unpack_from("<II", data, 0x248)
-    start = ((data[0x1F1] or 4) + 1) * _SECTOR + offset
-    return data[start : start + length]
+    start = payload_start(data)
+    return data[start : start + struct.unpack_from("<I", data, 0x24C)[0]]
 
 
 def _with_notes(kernel: Kernel, elf: _Bytes) -> Kernel:

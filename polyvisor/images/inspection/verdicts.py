@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from polyvisor.images.bzimage import GRUB_UNPACKS
 from polyvisor.images.inspection.bootconfig import device_family
 from polyvisor.images.inspection.findings import (
     Boots,
@@ -23,8 +24,6 @@ from polyvisor.images.inspection.kernels import CONTENT
 from polyvisor.values import dataclass
 
 PARAVIRTUAL, EMULATED = "paravirtual", "emulated"
-GRUB_UNPACKS = frozenset({"gzip", "xz", "lzo", "none"})
-"""What GRUB unpacks itself, as it must in Xen's mode pv (grub-core/loader/i386/xen_fileXX.c and its io modules)."""
 _GRUB_PATHS = ("/boot/grub/grub.cfg", "/grub/grub.cfg")
 """Where GRUB for Xen (package grub-xen-host) looks for a menu."""
 _VIRTIO = ("virtio_pci", "virtio_blk")
