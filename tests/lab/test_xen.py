@@ -138,7 +138,8 @@ def disk_image(cache: Path, image_store: ImageStore) -> Image:
     return asyncio.run(build_grub_disk(image_store, cache / "home" / "cache", "grub-disk"))
 
 
-@pytest.mark.parametrize("mode", [Mode.PVH, pytest.param(Mode.PV, marks=exhaustive)])
+@exhaustive
+@pytest.mark.parametrize("mode", [Mode.PVH, Mode.PV])
 async def test_a_disk_boots_by_the_kernel_that_is_on_it_by_now(
     cache: Path, xen: HostApi, disk_image: Image, mode: Mode
 ) -> None:
