@@ -56,7 +56,6 @@ IN_TURN = {
     "test_a_failed_run_leaves_nothing": Mode.PV,
     "test_vcpus_are_added_and_removed_while_the_guest_runs": Mode.PVH,
     "test_memory_grows_and_shrinks_while_the_guest_runs": Mode.PVH,
-    "test_a_guest_that_can_not_spare_it_keeps_its_memory": Mode.PV,
     "test_weight_and_limit": Mode.PV,
 }
 HOMES = 100
