@@ -7,6 +7,7 @@ import argparse
 from polyvisor.cli.context import Context
 from polyvisor.cli.show import describe
 from polyvisor.cli.spec_flags import size_mib, whole
+from polyvisor.host.observed import shown
 from polyvisor.spec.parse import structure
 from polyvisor.spec.resources import SETTINGS, Changes
 from polyvisor.status import Resized
@@ -64,16 +65,10 @@ def _whole(name: str, text: str) -> int:
 
 def _lines(resized: Resized, changes: Changes) -> list[str]:
     """What is in force, and what waits and why."""
-    lines = [f"  {name}: {_shown(name, getattr(changes, name))}, now" for name in resized.applied]
+    lines = [f"  {name}: {shown(name, getattr(changes, name) or None)}, now" for name in resized.applied]
     for each in resized.pending:
         reason = f" ({resized.reasons[each.setting]})" if each.setting in resized.reasons else ""
         lines.append(f"  {each.setting}: {each.now} now, {each.then} at the next boot{reason}")
     if not resized.status.state.keeps_devices:
         lines.append("  in force when it starts")
     return lines
-
-
-def _shown(name: str, value: int | str) -> str:
-    if name == "cpu_limit":
-        return f"{value}%" if value else NONE
-    return f"{value} MiB" if name.endswith("_mib") else str(value)

@@ -18,9 +18,9 @@ from polyvisor.errors import AlreadyExists, ImageRefused, InvalidInput, NotFound
 from polyvisor.files import storage_errors, write_new
 from polyvisor.host import moves
 from polyvisor.host.keys import HOST_KEY, KNOWN_HOSTS, LOGIN, SSH, is_whole
-from polyvisor.host.machine import total_memory_mib
+from polyvisor.host.machine import check_room, total_memory_mib
 from polyvisor.host.moves import Cargo, Landing, Move, Phase
-from polyvisor.host.parcel import Manifest, Parcel, check_image, disk_count, refused
+from polyvisor.host.parcel import Manifest, Parcel, check_image, refused
 from polyvisor.host.plan import (
     boot_nics,
     check_devices,
@@ -28,6 +28,7 @@ from polyvisor.host.plan import (
     choose_accelerator,
     choose_firmware,
     choose_mode,
+    disk_count,
     disk_path,
 )
 from polyvisor.host.prepare import BLANK_GIB, check_disk_sizes, finish, new_user
@@ -54,7 +55,7 @@ async def check(host: Host, cargo: Cargo, move: Move) -> Landing:
     """Whether the VM can come here, and run here; raises what stands in the way, and changes nothing."""
     _check_meant(host, cargo, move)
     vm = host.store.directory(move.new_name)
-    if _holds(vm, move):
+    if _holds(vm, move.token):
         return Landing(arrived=True, image_id=vm.record.image_id)
     if moves.has_arrived(host.home, move.token):
         problem = f"VM '{move.name}' has come by this move before, as '{move.new_name}'"
@@ -63,7 +64,7 @@ async def check(host: Host, cargo: Cargo, move: Move) -> Landing:
         raise AlreadyExists(f"there is a VM '{vm.name}' already", hint="give the one that comes another name: --name")
     image = find_image(host.images.store, cargo.image)
     notes = await _check_runs(host, record_of(cargo, move, image or cargo.image), image or cargo.image)
-    _check_room(host, cargo.data_bytes + (0 if image else cargo.image.size))
+    _check_storage(host, cargo.data_bytes + (0 if image else cargo.image.size))
     return Landing(image_id=image.id if image else None, notes=notes)
 
 
@@ -107,10 +108,10 @@ async def release(host: Host, move: Move) -> None:
         if not vm.path.is_dir():
             problem = f"VM '{move.name}' was moved to {move.target}, and there is no VM '{vm.name}' there any more"
             raise NotFound(problem, hint="it was removed since, or moved on")
-        if _holds(vm, move):
+        if _holds(vm, move.token):
             moves.note_arrival(host.home, move)
             moves.drop_note(vm)
-        elif vm.record.id != move.vm_id or _is_held(vm):
+        elif vm.record.id != move.vm_id or _arriving(vm) is not None:
             raise WrongState(f"VM '{vm.name}' is another one than that which came from {move.source}")
 
 
@@ -118,8 +119,7 @@ async def discard(host: Host, name: str, token: str) -> None:
     """Remove what has come of VM `name` by the move with this `token`, which its source has cancelled; another VM stays."""
     moves.check_id(token, "token")
     async with host.store.locked(name, "move") as vm:
-        note = moves.read_note(vm)
-        if note is not None and note.phase is Phase.ARRIVING and note.token == token:
+        if _holds(vm, token):
             host.store.remove(name)
         host.store.sweep(name)
 
@@ -156,14 +156,15 @@ def _check_meant(host: Host, cargo: Cargo, move: Move) -> None:
         raise refused(f"its image can't be used: {error.message}") from error
 
 
-def _is_held(vm: VMDirectory) -> bool:
-    return (note := moves.read_note(vm)) is not None and note.phase is Phase.ARRIVING
-
-
-def _holds(vm: VMDirectory, move: Move) -> bool:
-    """Whether the VM is there by this `move`, and held."""
+def _arriving(vm: VMDirectory) -> Move | None:
+    """The move by which what is there has come and is held; None for a VM that is not, and for none."""
     note = moves.read_note(vm)
-    return note is not None and note.phase is Phase.ARRIVING and note.token == move.token
+    return note if note is not None and note.phase is Phase.ARRIVING else None
+
+
+def _holds(vm: VMDirectory, token: str) -> bool:
+    """Whether the VM is there by the move with this `token`, and held."""
+    return (move := _arriving(vm)) is not None and move.token == token
 
 
 def _is_void(vm: VMDirectory, move: Move) -> bool:
@@ -171,18 +172,19 @@ def _is_void(vm: VMDirectory, move: Move) -> bool:
 
     That host has it still, so it has not let go by the earlier move, and never will.
     """
-    note = moves.read_note(vm)
-    same = note is not None and (note.vm_id, note.source_id) == (move.vm_id, move.source_id)
-    return same and note is not None and note.phase is Phase.ARRIVING
+    earlier = _arriving(vm)
+    return earlier is not None and (earlier.vm_id, earlier.source_id) == (move.vm_id, move.source_id)
 
 
 async def _check_runs(host: Host, record: Record, image: Image) -> tuple[str, ...]:
     """Raise what keeps the VM from running here; returns what a person should know."""
     spec, capabilities = record.spec, await host.capabilities()
     chosen = choose_accelerator(spec, *capabilities)
-    if record.memory_mib > (total := total_memory_mib()):
-        raise InvalidInput("memory_mib", record.memory_mib, f"the host has {total} MiB", hint="move it elsewhere")
     xen = next((c for c in capabilities if c.driver == chosen.name), None)
+    total = (xen and xen.memory_mib) or total_memory_mib()
+    if record.memory_mib > total:
+        raise InvalidInput("memory_mib", record.memory_mib, f"the host has {total} MiB", hint="move it elsewhere")
+    check_room(spec, record.memory_mib, chosen.name, capabilities)
     if xen is not None:
         check_networks(spec, xen)
     mode = choose_mode(spec, image, xen)
@@ -201,7 +203,7 @@ async def _check_runs(host: Host, record: Record, image: Image) -> tuple[str, ..
     )
 
 
-def _check_room(host: Host, needed: int) -> None:
+def _check_storage(host: Host, needed: int) -> None:
     host.home.prepare()
     if needed + SPARE > (free := shutil.disk_usage(host.home.vms).free):
         raise StorageFull(

@@ -26,12 +26,12 @@ from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.setup.wish import Wish
-from polyvisor.host.store import VMDirectory, VMStore
+from polyvisor.host.store import VMDirectory, VMStore, no_such_vm
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Changes
-from polyvisor.spec.vm import VMSpec
+from polyvisor.spec.vm import Mode, VMSpec
 from polyvisor.status import (
     Accelerator,
     Capabilities,
@@ -108,7 +108,7 @@ class Host(Mover, ImageKeeper):
                 require_settled(vm, "be removed")
             await self.drivers.end(vm)
             if not self.store.remove(name):
-                raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+                raise no_such_vm(name)
 
     async def _discard(self, vm: VMDirectory) -> None:
         """Undo the making of a VM, which may run by now (Ctrl-C can come at any time)."""
@@ -181,7 +181,7 @@ class Host(Mover, ImageKeeper):
         check_room(record.spec, record.memory_mib, chosen.name, capabilities)
         xen = await self._xen(chosen)
         mode = choose_mode(record.spec, image, xen)
-        packing = self.images.packing(image) if xen else None
+        packing = self.images.packing(image) if mode is Mode.PV else None
         booted = as_booted(record.spec, image, mode, xen, packing)
         await prepare.refresh(vm, record, booted, self.images.store, self.home.keys, mode)
         reason = explain_mode(mode, record.spec, image, booted, xen) if xen else explain_choice(chosen, *capabilities)

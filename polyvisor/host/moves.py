@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyvisor.errors import InvalidInput, NotFound, PolyvisorError, WrongState
+from polyvisor.errors import InvalidInput, PolyvisorError, WrongState
 from polyvisor.files import make_directory, read_small, storage_errors, sync_directory, write_atomic
 from polyvisor.host.record import FORMAT, checked, new_id
 from polyvisor.images.image import Image
@@ -261,7 +261,3 @@ def _read(path: Path) -> Move | None:
         raise PolyvisorError(
             f"{path} can't be understood: {error}", hint="it was written by another program"
         ) from error
-
-
-def no_such_vm(name: str) -> NotFound:
-    return NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")

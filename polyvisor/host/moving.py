@@ -16,7 +16,7 @@ from polyvisor.errors import NotFound, WrongState
 from polyvisor.host import moves, parcel
 from polyvisor.host.keys import LOGIN, login_key_of
 from polyvisor.host.moves import Cargo, Move, Parting, Phase
-from polyvisor.host.store import VMDirectory
+from polyvisor.host.store import VMDirectory, no_such_vm
 
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
@@ -41,7 +41,7 @@ async def begin(host: Host, name: str, move: Move) -> None:
     """Mark VM `name` as leaving by `move`; raises WrongState where it is leaving by another, is alive, or is saved."""
     async with host.store.locked(name, "move") as vm:
         if not vm.path.is_dir():
-            raise moves.no_such_vm(name)
+            raise no_such_vm(name)
         there = moves.read_note(vm)
         if there == move:
             return
@@ -66,7 +66,7 @@ async def finish(host: Host, name: str, token: str) -> None:
     async with host.store.locked(name, "move") as vm:
         if not moves.has_left(host.home, token):
             if not vm.path.is_dir():
-                raise moves.no_such_vm(name)
+                raise no_such_vm(name)
             moves.let_go(host.home, replace(_leaving(vm, token), phase=Phase.LEFT))
         if vm.path.is_dir() and (move := moves.read_note(vm)) is not None and move.token == token:
             await host.drivers.end(vm)  # what Xen's driver had given it of this host
@@ -79,7 +79,7 @@ async def cancel(host: Host, name: str, token: str, *, done: bool) -> None:
         if moves.has_left(host.home, token):
             raise WrongState(f"VM '{name}' has left this host", hint="repeat the move: it comes to its end there")
         if not vm.path.is_dir():
-            raise moves.no_such_vm(name)
+            raise no_such_vm(name)
         move = moves.read_note(vm)
         if move is None or move.token != token or move.phase is Phase.ARRIVING:
             return

@@ -29,7 +29,7 @@ from polyvisor.errors import ConnectionLost, ImageRefused, InvalidInput, Polyvis
 from polyvisor.files import storage_errors
 from polyvisor.host.keys import HOST_KEY, KNOWN_HOSTS, LOGIN, SSH
 from polyvisor.host.moves import Cargo, Move
-from polyvisor.host.plan import UEFI_VARIABLES, disk_path
+from polyvisor.host.plan import UEFI_VARIABLES, disk_count, disk_path
 from polyvisor.images.image import Image, Seed, image_to_json
 from polyvisor.images.manifest import parse_manifest, strict_json
 from polyvisor.spec.parse import structure, unstructure
@@ -64,10 +64,6 @@ class Manifest:
     move: Move
     cargo: Cargo
     files: tuple[File, ...]
-
-
-def disk_count(spec: VMSpec, image: Image) -> int:
-    return max(len(spec.disks), int(image.disk is not None))
 
 
 def expected(spec: VMSpec, image: Image) -> tuple[set[str], set[str]]:

@@ -34,6 +34,11 @@ def disk_path(index: int) -> Path:
     return Path(f"disks/disk{index}.qcow2")
 
 
+def disk_count(spec: VMSpec, image: Image) -> int:
+    """How many disks a VM has, without its seed: those of the spec, and the image's in any case."""
+    return max(len(spec.disks), int(image.disk is not None))
+
+
 def choose_accelerator(spec: VMSpec, *drivers: Capabilities) -> Accelerator:
     """What runs the guest, of what `drivers` offer, the preferred first.
 
@@ -160,7 +165,7 @@ def choose_firmware(spec: VMSpec, image: Image, mode: Mode, xen: Capabilities | 
 
 def check_devices(spec: VMSpec, image: Image) -> None:
     """Raise InvalidInput where emulated hardware has no place for all the disks."""
-    disks = max(len(spec.disks), int(image.disk is not None)) + int(image.seed is Seed.NOCLOUD)
+    disks = disk_count(spec, image) + int(image.seed is Seed.NOCLOUD)
     if spec.devices is DeviceModel.EMULATED and disks > IDE_PLACES:
         hint = f"use at most {IDE_PLACES} (cloud-init's seed is one), or devices: paravirtual"
         raise InvalidInput("disks", disks, "are too many for emulated IDE", hint=hint)
@@ -255,7 +260,7 @@ def _cmdline(spec: VMSpec, image: Image, *, on_xen: bool) -> str:
 
 
 def boot_disks(spec: VMSpec, image: Image, image_directory: Path) -> tuple[BootDisk, ...]:
-    count = max(len(spec.disks), int(image.disk is not None))
+    count = disk_count(spec, image)
     backings = [image_directory / image.disk.name if i == 0 and image.disk else None for i in range(count)]
     return tuple(BootDisk(path=disk_path(i), backing=backing) for i, backing in enumerate(backings))
 

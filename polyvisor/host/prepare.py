@@ -18,6 +18,7 @@ from polyvisor.host.plan import (
     UEFI_VARIABLES,
     boots_directly,
     choose_firmware,
+    disk_count,
     disk_path,
 )
 from polyvisor.host.record import Record, record_to_json
@@ -116,7 +117,7 @@ def shorten_log(path: Path) -> None:
 
 
 async def _make_disks(vm: VMDirectory, record: Record, image: Image, images: ImageStore) -> None:
-    count = max(len(record.spec.disks), int(image.disk is not None))
+    count = disk_count(record.spec, image)
     if count == 0:
         return
     from polyvisor.images.qemu_img import create_blank, create_overlay

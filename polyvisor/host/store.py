@@ -39,6 +39,10 @@ LOCK_PATIENCE_S = 30.0
 _POLL_S = 0.02
 
 
+def no_such_vm(name: str) -> NotFound:
+    return NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+
+
 @dataclass(frozen=True)
 class VMDirectory:
     """The directory of one VM. Reading raises PolyvisorError where a file in it can't be understood."""
@@ -75,7 +79,7 @@ class VMDirectory:
         try:
             return record_from_json(read_small(f"{self.path}/vm.json"))
         except FileNotFoundError as error:
-            raise NotFound(f"there is no VM '{self.name}'", hint="polyvisor ls shows those that are") from error
+            raise no_such_vm(self.name) from error
         except OSError as error:
             raise translated(error, f"reading VM '{self.name}'") from error
         except (ValueError, InvalidInput) as error:
@@ -162,7 +166,7 @@ class VMStore:
         """The directory of VM `name`; raises NotFound, InvalidInput."""
         directory = self.directory(name)
         if not directory.path.is_dir():
-            raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+            raise no_such_vm(name)
         return directory
 
     @contextlib.asynccontextmanager

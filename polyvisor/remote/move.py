@@ -25,6 +25,7 @@ from polyvisor.errors import (
 )
 from polyvisor.host.api import HostApi
 from polyvisor.host.moves import Cargo, Move, Parting, Phase
+from polyvisor.host.store import no_such_vm
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.remote.host import RECONNECT_S, RemoteHost
@@ -100,7 +101,7 @@ async def cancel_move(source: Place, name: str, find_target: Callable[[Move], Pl
             raise WrongState(
                 f"VM '{name}' has left for {last.target}", hint=f"bring it back from there: --to {source.name}"
             )
-        raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
+        raise no_such_vm(name)
     left = None
     if (move := parting.move) is not None:
         await source.host.move_cancel(name, move.token)

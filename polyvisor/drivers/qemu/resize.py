@@ -59,7 +59,7 @@ def read_slots(answer: Any) -> list[Slot]:
 
 async def usage(monitor: Monitor) -> Usage:
     """What the guest has at this moment."""
-    slots = read_slots(await monitor.execute("query-hotpluggable-cpus"))
+    slots = await _slots(monitor)
     memory: int | None = None
     with contextlib.suppress(QMPRefused):  # there is no balloon
         memory = (await monitor.execute("query-balloon"))["actual"] // _MIB
@@ -68,7 +68,7 @@ async def usage(monitor: Monitor) -> Usage:
 
 async def set_vcpus(monitor: Monitor, count: int) -> None:
     """Plug in or pull out vCPUs, always the next or the last, until there are `count`; raises TimedOut, QMPRefused."""
-    slots = read_slots(await monitor.execute("query-hotpluggable-cpus"))
+    slots = await _slots(monitor)
     for slot in slots[:count]:
         if slot.path is None:
             await monitor.execute("device_add", driver=slot.type, id=slot.id, **dict(slot.place))
@@ -82,14 +82,14 @@ async def _pull_out(monitor: Monitor, slot: Slot) -> None:
     with contextlib.suppress(QMPRefused):  # it has been asked before, and may be about to
         await monitor.execute("device_del", id=slot.path)
     deadline = time.monotonic() + UNPLUG_S
-    while any(each.place == slot.place and each.path for each in read_slots(await _cpus(monitor))):
+    while any(each.place == slot.place and each.path for each in await _slots(monitor)):
         if time.monotonic() > deadline:
             raise TimedOut("its guest does not let go of the vCPU", hint="let it boot to its end; or change it at rest")
         await asyncio.sleep(_POLL_S)
 
 
-async def _cpus(monitor: Monitor) -> Any:
-    return await monitor.execute("query-hotpluggable-cpus")
+async def _slots(monitor: Monitor) -> list[Slot]:
+    return read_slots(await monitor.execute("query-hotpluggable-cpus"))
 
 
 async def ask_for_memory(monitor: Monitor, memory_mib: int) -> None:
