@@ -117,7 +117,7 @@ def domain(
   <devices>
     <emulator>{escape(emulator)}</emulator>
     <controller type='usb' model='none'/>
-    <memballoon model='none'/>
+    <memballoon model='virtio'/>
     <serial type='file'><source path='{escape(str(console))}'/></serial>
     <interface type='user'><model type='virtio'/></interface>
     <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>

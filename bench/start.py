@@ -7,6 +7,7 @@ and becomes QEMU, so that what comes before QEMU can be told from what QEMU and 
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import time
@@ -18,7 +19,8 @@ from bench.libvirt import PREFIX, Libvirt, domain
 from bench.product import READY, Polyvisor
 
 TITLE = "From command to guest (image tiny)"
-OURS, BARE, PEER = "polyvisor run", "bare QEMU", "virsh define, start"
+OURS, BARE = "polyvisor run", "bare QEMU"
+PEER, PEER_TWICE = "virsh 'define; start'", "virsh define && virsh start"
 QEMU_STARTS, RETURNS, FIRST, FINISHED = "QEMU starts", "returns", "first output", "boot finished"
 TIMEOUT_S = 60.0
 
@@ -81,11 +83,19 @@ class Starts:
             process.wait()
 
     def peer(self, libvirt: Libvirt) -> Mapping[str, float]:
-        """One virsh that defines and starts: two would take longer."""
+        """One virsh that defines and starts, the quickest way that there is."""
+        return self._peer(libvirt, libvirt.argv(f"define {libvirt.here}/start.xml; start {PREFIX}start"))
+
+    def peer_twice(self, libvirt: Libvirt) -> Mapping[str, float]:
+        """The two commands that virsh's manual tells a user to type."""
+        define, start = libvirt.argv("define", f"{libvirt.here}/start.xml"), libvirt.argv("start", f"{PREFIX}start")
+        return self._peer(libvirt, ["sh", "-c", f"{shlex.join(define)} && exec {shlex.join(start)}"])
+
+    def _peer(self, libvirt: Libvirt, argv: list[str]) -> Mapping[str, float]:
         console, name = libvirt.here / "console.log", f"{PREFIX}start"
         console.unlink(missing_ok=True)
         start = time.time()
-        process = _popen(libvirt.argv(f"define {libvirt.here}/start.xml; start {name}"), **libvirt.options)
+        process = _popen(argv, **libvirt.options)
         try:
             return self._watch(start, console, process)
         finally:
@@ -145,7 +155,7 @@ def bench_start(polyvisor: Polyvisor, stamps: Stamps, scratch: Path, libvirt: Li
     report = Report(TITLE)
     if isinstance(libvirt, Libvirt):
         starts.prepare_peer(libvirt)
-        cases[PEER] = lambda: starts.peer(libvirt)
+        cases |= {PEER: lambda: starts.peer(libvirt), PEER_TWICE: lambda: starts.peer_twice(libvirt)}
     else:
         report.missing.append(f"{PEER}: {libvirt}")
     report.measures = take_turns(cases, rounds, TITLE)
@@ -163,9 +173,10 @@ def _findings(report: Report) -> list[Finding]:
     ]
     if PEER in found:
         findings += [
-            Finding(
-                "virsh takes as many times as long to return", ratio(found, RETURNS, PEER, OURS), "×", 3, at_most=False
-            ),
+            Finding(f"{name} takes as many times as long", ratio(found, RETURNS, name, OURS), "×", 3, at_most=False)
+            for name in (PEER, PEER_TWICE)
+        ]
+        findings += [
             Finding("virsh's own share, to the guest's first output", difference(found, FIRST, PEER, BARE), "ms"),
         ]
     return findings

@@ -44,12 +44,15 @@ KEYS = {"id_ed25519", "id_ed25519.pub", "reserve"}  # the last is the next VM's 
 class Walk:
     """Walks a command through its steps, in several homes at a time: `step` gets a launcher and the step's number.
 
-    It returns what came of the disturbed command; the walk ends with the first one that came to its end.
+    It returns what came of the disturbed command; the walk ends with the first one that came to its end. It begins with step
+    number `first`, and takes each `every`th.
     """
 
-    def __init__(self, launchers: list[Launcher], step: Callable[[Launcher, int], Done]) -> None:
+    def __init__(
+        self, launchers: list[Launcher], step: Callable[[Launcher, int], Done], *, first: int = 1, every: int = 1
+    ) -> None:
         self._launchers, self._step = launchers, step
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first, every)
         self._lock = threading.Lock()
 
     def walk(self) -> int:

@@ -1,6 +1,6 @@
 """The lab that its tests share: brought up once, kept saved between runs of the tests, left out where it can't be.
 
-`make test` runs them after the others, by themselves: emulated hosts are slow enough without neighbours. Where this machine
+`make test-lab` runs them by themselves: emulated hosts are slow enough without neighbours. Where this machine
 can't have a lab, or not within LIMIT_S, the tests are skipped with the reason, which pytest lists at its end.
 $POLYVISOR_TEST_LAB=off leaves them out, =required makes a lab that can't be had a failure.
 """
@@ -42,7 +42,7 @@ LIMIT_S = 20 * 60
 NEEDED_MEMORY_MIB = 9 * 1024
 NEEDED_STORAGE_MIB = 8 * 1024
 MODES = (Mode.PV, Mode.PVH, Mode.HVM)
-# What `make test` has of the contract on Xen, and in which mode. A guest that boots in mode hvm takes minutes there: QEMU
+# What `make test-lab` has of the contract on Xen, and in which mode. A guest that boots in mode hvm takes minutes there: QEMU
 # hands it its kernel byte by byte, through an emulated port.
 IN_TURN = {
     "test_stop_shuts_the_guest_down_and_disks_are_kept": Mode.PV,
