@@ -1,8 +1,8 @@
 """What every benchmark here needs: cases that take turns, medians, ratios within one run, a record of the machine.
 
 A *case* is one way of doing the job (Polyvisor, a peer); each of its runs gives one or more *measures* in milliseconds.
-Cases take turns (A B C, B C A, …), so that a slow minute of the machine hits all of them, and comparisons are made
-between the runs of the same round.
+Cases take turns, in another order each round, so that a slow minute of the machine hits all of them and each comes after
+each of the others, and comparisons are made between the runs of the same round.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -59,12 +60,14 @@ class Failed(Exception):
 
 
 def take_turns(cases: Mapping[str, Case], rounds: int, title: str) -> Measures:
-    """Run every case once a round, `rounds` times, each round beginning with another case."""
+    """Run every case once a round, `rounds` times, in an order that is drawn for each round, and is the same in every run.
+
+    What one case leaves behind (warm caches, a daemon that tidies up) would otherwise always meet the same other one.
+    """
     measures: Measures = {name: {} for name in cases}
-    names = list(cases)
+    draw = Random(rounds)
     for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in draw.sample(list(cases), len(cases)):
             tell(f"{title}: round {number + 1} of {rounds}, {name}")
             for measure, value in cases[name]().items():
                 measures[name].setdefault(measure, []).append(value)

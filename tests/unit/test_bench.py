@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from bench.harness import Failed, Finding, Report, as_text, call, difference, ratio, summary, take_turns, write_results
 
 
-def test_cases_take_turns_and_each_round_begins_with_another() -> None:
+def test_cases_take_turns_and_each_comes_after_each_of_the_others() -> None:
     order: list[str] = []
 
     def run(name: str) -> dict[str, float]:
@@ -17,9 +18,16 @@ def test_cases_take_turns_and_each_round_begins_with_another() -> None:
         return {"ms": float(len(order))}
 
     cases = {name: partial(run, name) for name in "abc"}
-    measures = take_turns(cases, 3, "")
-    assert "".join(order) == "abcbcacab"
-    assert measures == {"a": {"ms": [1.0, 6.0, 8.0]}, "b": {"ms": [2.0, 4.0, 9.0]}, "c": {"ms": [3.0, 5.0, 7.0]}}
+    measures = take_turns(cases, 12, "")
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 36, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert {pair for pair in pairwise(order) if pair[0] != pair[1]} == {*permutations("abc", 2)}
+    for name in cases:
+        assert measures[name]["ms"] == [number * 3.0 + each.index(name) + 1 for number, each in enumerate(rounds)]
+    again = list(order)
+    order.clear()
+    take_turns(cases, 12, "")
+    assert order == again, "the same plan in every run"
 
 
 def test_comparisons_are_made_within_a_round() -> None:
