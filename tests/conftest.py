@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which tests of the contract which targets have passed."""
     outcomes = ("passed", "failed", "error", "skipped")
-    found = contract_report.results(each for outcome in outcomes for each in terminalreporter.stats.get(outcome, []))
+    reports = (each for outcome in outcomes for each in terminalreporter.stats.get(outcome, []))
+    found = contract_report.results(each for each in reports if isinstance(each, pytest.TestReport))
     if found:
         terminalreporter.section("the contract of HostApi, by target")
         for line in contract_report.summary(found):

@@ -213,16 +213,16 @@ def test_names_of_modules() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"garbage" * 100, "not known"),
-        (initramfs()[:300], "cut off"),
-        (patched(initramfs(), 94, b"FFFFFFFF"), "absurd length"),
-        (patched(initramfs(), 54, b"FFFFFFFF"), "cut off"),
-        (patched(initramfs(), 54, b"        "), "damaged"),
-        (gzip.compress(initramfs())[:60], "cut off"),
-        (patched(lzma.compress(initramfs()), 30, b"\0" * 30), "damaged"),
-        (cpio.archive([]) * 65, "64 archives"),
-        (b"\x28\xb5\x2f\xfd" + bytes(100), "zstd"),
-        (b"\x89LZO\0" + bytes(100), "lzo"),
+        pytest.param(b"garbage" * 100, "not known", id="garbage"),
+        pytest.param(initramfs()[:300], "cut off", id="cut off in a name"),
+        pytest.param(patched(initramfs(), 94, b"FFFFFFFF"), "absurd length", id="length of a name"),
+        pytest.param(patched(initramfs(), 54, b"FFFFFFFF"), "cut off", id="length of a file"),
+        pytest.param(patched(initramfs(), 54, b"        "), "damaged", id="length without digits"),
+        pytest.param(gzip.compress(initramfs())[:60], "cut off", id="gzip cut off"),
+        pytest.param(patched(lzma.compress(initramfs()), 30, b"\0" * 30), "damaged", id="lzma damaged"),
+        pytest.param(cpio.archive([]) * 65, "64 archives", id="archives"),
+        pytest.param(b"\x28\xb5\x2f\xfd" + bytes(100), "zstd", id="zstd"),
+        pytest.param(b"\x89LZO\0" + bytes(100), "lzo", id="lzo"),
     ],
 )
 def test_an_initramfs_that_lies(data: bytes, words: str) -> None:
