@@ -19,6 +19,7 @@ from polyvisor.remote.host import RemoteHost
 from polyvisor.spec.vm import VMSpec
 from tests.contract.guest import BOOT_S
 from tests.sshd import Server
+from tests.thorough import THOROUGH
 
 _numbers = itertools.count(1)
 
@@ -29,6 +30,10 @@ async def api(request: pytest.FixtureRequest, host: Host, sshd: Server, tmp_path
     if request.param == "here":
         yield host
         return
+    if request.node.get_closest_marker("inside") and not THOROUGH:
+        pytest.skip(
+            "what goes on inside guests is tested by SSH on the lab's hosts: make test-lab, or POLYVISOR_TEST_ALL=1"
+        )
     remote = RemoteHost(sshd.entry(host.home.path), Home(tmp_path / "client"))
     yield remote
     await remote.close()

@@ -17,7 +17,7 @@ from polyvisor.ssh import copy, execute
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, DISK, dialled, guest
 
-pytestmark = [pytest.mark.qemu]
+pytestmark = [pytest.mark.qemu, pytest.mark.inside]
 
 
 async def test_stop_shuts_the_guest_down_and_disks_are_kept(api: HostApi, spec: VMSpec) -> None:

@@ -16,7 +16,7 @@ from polyvisor.spec.vm import VMSpec
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, guest, needs
 
-pytestmark = [pytest.mark.qemu]
+pytestmark = [pytest.mark.qemu, pytest.mark.inside]
 
 OWN_MIB = 110  # what a kernel and its initramfs keep for themselves of the memory that a guest is given
 SETTLES_S = 60.0

@@ -2,7 +2,8 @@
 
 Each verb is walked: it is killed at its first step, at its second, and so on until it comes to its end unharmed (see
 `launcher`). After every kill the list of VMs must make sense, the same command must succeed, and the VM's disk must hold
-what was written on it before.
+what was written on it before. `run`, `start`, `stop`, `rm`, `save` and the start of what was saved are walked step by step; of
+what is repeated in other ways after the same kills, and takes longest, each third step (see `tests.thorough`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.spec.vm import Disk, Firmware, Mode, VMSpec
 from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, end_all, finish, qemus
+from tests.thorough import EVERY
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
@@ -283,7 +285,7 @@ def test_set(launchers: list[Launcher]) -> None:
         assert details.usage is not None and details.usage.memory_mib == memory_mib
         return done
 
-    walked("set", Walk(launchers, step).walk(), at_least=10)
+    walked("set", Walk(launchers, step, every=EVERY).walk(), at_least=10 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -332,7 +334,7 @@ def test_save_then_resume(launchers: list[Launcher]) -> None:
             assert assert_sensible(launcher) == "stopped"
         return done
 
-    walked("save, then resume", Walk(launchers, step).walk(), at_least=35)
+    walked("save, then resume", Walk(launchers, step, first=min(2, EVERY), every=EVERY).walk(), at_least=35 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -352,7 +354,7 @@ def test_save_of_a_paused_vm(launchers: list[Launcher]) -> None:
         assert assert_sensible(launcher) == "paused"
         return done
 
-    walked("save of a paused VM", Walk(launchers, step).walk(), at_least=35)
+    walked("save of a paused VM", Walk(launchers, step, every=EVERY).walk(), at_least=35 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -381,7 +383,8 @@ def test_restore(launchers: list[Launcher], again: str) -> None:
             assert after == ("saved" if saved else "stopped")
         return done
 
-    walked(f"start of a saved VM, then {again}", Walk(launchers, step).walk(), at_least=30)
+    every = 1 if again == "start" else EVERY
+    walked(f"start of a saved VM, then {again}", Walk(launchers, step, every=every).walk(), at_least=30 // every)
     for launcher in launchers:
         asyncio.run(launcher.host().start("vm", fresh=True))
         asyncio.run(launcher.host().kill("vm"))
@@ -405,7 +408,7 @@ def test_interrupted_save_and_restore(launchers: list[Launcher], words: tuple[st
         assert assert_sensible(launcher) in ("running", "saved"), done
         return done
 
-    walked(f"interrupted {words[0]}", Walk(launchers, step).walk(), at_least=30)
+    walked(f"interrupted {words[0]}", Walk(launchers, step, every=EVERY).walk(), at_least=30 // EVERY)
     for launcher in launchers:
         remove(launcher)
 

@@ -1,7 +1,8 @@
 """The network breaks, or goes silent, in the middle of every verb: each is done once, and its caller learns what came of it.
 
 A first, undisturbed call counts the pieces that cross the network. Then the same is done again and again, with the network cut
-before each of those pieces, and at moments between them while the host is at work.
+before each of those pieces, and at moments between them while the host is at work. Verbs that need a guest that has booted,
+or boot it, are disturbed at fewer places (see `tests.thorough`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from polyvisor.spec.vm import VMSpec
 from polyvisor.status import VMState
 from tests.faults.relay import Relay, relaying
 from tests.sshd import Server
+from tests.thorough import THOROUGH
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,6 +38,7 @@ SPEC = VMSpec(name="vm", image="tiny")
 FORWARD = Forward(host_port=0, guest_port=80)
 # Parts of the time that the host is at work, at which the network is cut too.
 MOMENTS = (0.1, 0.4, 0.8)
+BOOTING = frozenset() if THOROUGH else frozenset({"stop", "reboot", "reset"})
 READY = "polyvisor: ready"
 
 Work = Callable[[HostApi], Awaitable[Any]]
@@ -207,6 +210,10 @@ async def pieces_of(verb: Verb, host: Host, remote: RemoteHost, relay: Relay) ->
     return count, took
 
 
+def moments(name: str) -> tuple[float, ...]:
+    return MOMENTS[1:2] if name in BOOTING else MOMENTS
+
+
 def before_piece(number: int, act: Callable[[], None]) -> Callable[[], None]:
     """A watch that does `act` just before the piece of this number is passed on."""
     left = number
@@ -243,9 +250,10 @@ async def test_cut(name: str, host: Host, remote: RemoteHost, relay: Relay) -> N
     count, took = await pieces_of(verb, host, remote, relay)
     assert count >= 2, "a call and its answer"
     # Some verbs report progress all the time: the first and the last pieces are those that tell.
-    for piece in sorted({*range(min(count, 3)), count - 1}):
+    first = {1} if name in BOOTING else {*range(min(count, 3))}
+    for piece in sorted({*first, count - 1}):
         await disturbed(verb, host, remote, relay, at_piece=piece)
-    for moment in MOMENTS:
+    for moment in moments(name):
         await disturbed(verb, host, remote, relay, after_s=took * moment)
     await gone(host)
 
@@ -258,7 +266,7 @@ async def test_silence(
     monkeypatch.setattr(link, "KEEPALIVE_S", 1)
     monkeypatch.setattr(link, "KEEPALIVES", 1)
     verb = VERBS[name]
-    for piece in (0, 1):
+    for piece in (1,) if name in BOOTING else (0, 1):
         await verb.prepare(host)
         await remote.connect()
         relay.watch = before_piece(piece, relay.silence)
@@ -289,7 +297,7 @@ async def test_killed_agent(name: str, host: Host, remote: RemoteHost, relay: Re
     """The agent itself is killed: a verb that may be repeated is; of others the caller is told that nobody knows."""
     verb = VERBS[name]
     _, took = await pieces_of(verb, host, remote, relay)
-    for moment in MOMENTS:
+    for moment in moments(name):
         await verb.prepare(host)
         await remote.connect()
         call = asyncio.ensure_future(verb.call(remote))
@@ -346,7 +354,7 @@ async def test_an_import_is_done_once(
     await remote.connect()
     relay.watch = note
     await remote.image_import(str(source), name="disk")
-    for piece in range(min(count, 12)):
+    for piece in range(0, min(count, 12), 1 if THOROUGH else 2):
         await host.image_remove("disk")
         await remote.connect()
         relay.watch = before_piece(piece, relay.cut)

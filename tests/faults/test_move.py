@@ -33,12 +33,12 @@ from tests.faults.relay import Relay, relaying
 from tests.faults.test_crash_points import WORKERS, Walk, walked, with_images
 from tests.faults.test_lost_connection import agents, before_piece
 from tests.sshd import Server
+from tests.thorough import EVERY, THOROUGH
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SPEC = VMSpec(name="vm", image="tiny", disks=(Disk(size_gib=1),))
 MARK = "0x5a"
-EVERY = 1 if os.environ.get("POLYVISOR_TEST_ALL") else 3
 
 
 def create(home: Path) -> None:
@@ -231,7 +231,7 @@ async def test_cut(way: str, host: Host, far: Host, remote: RemoteHost, relay: R
     relay.watch = note
     await move_vm(source, "vm", target, Wish())
     relay.watch = lambda: None
-    for piece in sorted({*range(0, count, max(1, count // 12)), count - 2, count - 1}):
+    for piece in sorted({*range(0, count, max(1, count // (12 if THOROUGH else 5))), count - 2, count - 1}):
         await prepared(*ends)
         await remote.connect()
         relay.watch = before_piece(piece, relay.cut)
@@ -251,7 +251,7 @@ async def test_killed_agents(
     near, there = Place("local", host), Place("far", remote)
     source, target = (near, there) if way == "out" else (there, near)
     ends = (host, far) if way == "out" else (far, host)
-    for i in range(8):
+    for i in range(0, 8, 1 if THOROUGH else 2):
         await prepared(*ends)
         await remote.connect()
         call = asyncio.ensure_future(move_vm(source, "vm", target, Wish()))
