@@ -53,7 +53,7 @@ FACTS = {
     "hostname": "hostname",
     "firmware": "test -d /sys/firmware/efi && echo uefi || echo bios",
     "machine id": "cat /etc/machine-id",
-    "host key": "cat /etc/ssh/ssh_host_ed25519_key.pub",
+    "host key": "sudo cat /etc/ssh/ssh_host_ed25519_key.pub",
     "size": "df --output=size -B1 / | tail -n 1",
     "root": "sudo passwd -S root",
     "failed": "systemctl --failed --no-legend",
