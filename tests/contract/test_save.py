@@ -15,7 +15,7 @@ from polyvisor.spec.vm import Disk, VMSpec
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, DISK, guest, needs
 
-pytestmark = [pytest.mark.qemu]
+pytestmark = [pytest.mark.qemu, pytest.mark.inside]
 saves = pytest.mark.usefixtures("saving")  # a mark of this module would be lost where its tests are imported
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"

@@ -2,7 +2,7 @@
 
 A first, undisturbed call counts the pieces that cross the network. Then the same is done again and again, with the network cut
 before each of those pieces, and at moments between them while the host is at work. Verbs that need a guest that has booted,
-or boot it, are disturbed at fewer places (see `tests.thorough`).
+or boot it, and most that only look, are disturbed at fewer places (see `tests.thorough`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ FORWARD = Forward(host_port=0, guest_port=80)
 # Parts of the time that the host is at work, at which the network is cut too.
 MOMENTS = (0.1, 0.4, 0.8)
 BOOTING = frozenset() if THOROUGH else frozenset({"stop", "reboot", "reset"})
+LOOKING = frozenset() if THOROUGH else frozenset({"check", "names", "vms", "show", "wait-for-ssh", "image-list"})
 READY = "polyvisor: ready"
 
 Work = Callable[[HostApi], Awaitable[Any]]
@@ -211,7 +212,7 @@ async def pieces_of(verb: Verb, host: Host, remote: RemoteHost, relay: Relay) ->
 
 
 def moments(name: str) -> tuple[float, ...]:
-    return MOMENTS[1:2] if name in BOOTING else MOMENTS
+    return MOMENTS[1:2] if name in BOOTING | LOOKING else MOMENTS
 
 
 def before_piece(number: int, act: Callable[[], None]) -> Callable[[], None]:
