@@ -5,5 +5,5 @@ from __future__ import annotations
 import os
 
 THOROUGH = bool(os.environ.get("POLYVISOR_TEST_ALL"))
-# A walk through a command's steps whose every step takes long takes each one, or each third.
-EVERY = 1 if THOROUGH else 3
+# A walk through a command's steps whose every step takes long takes each one, or each fifth.
+EVERY = 1 if THOROUGH else 5
