@@ -2,6 +2,7 @@
 
     <home>/vms/<name>/       a VM: its record, launch record, lock, sockets, logs, disks
     <home>/images/           the image store
+    <home>/layers/           frozen layers of disks, which snapshots and clones stand on
     <home>/keys/             the SSH key pair that Polyvisor logs in to guests with
     <home>/locks/            one lock file per VM name
     <home>/cache/            downloads and probe results; may be deleted at any time
@@ -39,6 +40,10 @@ class Home:
     @property
     def images(self) -> Path:
         return self.path / "images"
+
+    @property
+    def layers(self) -> Path:
+        return self.path / "layers"
 
     @property
     def keys(self) -> Path:

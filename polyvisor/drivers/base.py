@@ -6,7 +6,7 @@ says how that VM is. It neither stores nor locks: `Host` does, and calls it with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,10 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BootDisk:
-    """A disk as the driver attaches it; `backing` is the read-only qcow2 under the qcow2 `path`."""
+    """A disk as the driver attaches it: the qcow2 `path`, under it frozen `layers`, the uppermost first, then `backing`.
+
+    All of them but `path` are read-only qcow2 files.
+    """
 
     path: Path
     backing: Path | None = None
+    layers: tuple[Path, ...] = ()
+
+    @property
+    def node(self) -> str:
+        """What the driver calls it: another name with every new overlay."""
+        return self.path.stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +188,16 @@ class Driver(Protocol):
 
         Raises CannotStart.
         """
+
+    async def switch_disks(self, vm: VMDirectory, disks: Sequence[BootDisk]) -> None:
+        """Let a VM that is alive write to `disks` from now on, all at one moment; they are empty overlays of what it wrote to.
+
+        One that does already is left as it is. Raises Unsupported, TimedOut where nobody knows whether it was done, and
+        PolyvisorError where it was refused: then nothing is changed.
+        """
+
+    def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
+        """How a VM runs that was started as in `launch`, once it has `disks` in place of those it had."""
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         """Open a port of the host to the guest while the VM runs; raises InvalidInput where it is taken."""

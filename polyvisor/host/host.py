@@ -11,8 +11,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
@@ -45,6 +46,9 @@ from polyvisor.status import (
 )
 from polyvisor.waiting import event_loop, pause
 
+if TYPE_CHECKING:
+    from polyvisor.storage.layers import LayerStore
+
 _POLL_S = 0.1
 
 
@@ -56,6 +60,12 @@ class Host(Mover, ImageKeeper):
         self.store = VMStore(self.home)
         self.images = Images(self.home)
         self.drivers = Drivers(self.home.cache)
+
+    @cached_property
+    def layers(self) -> LayerStore:
+        from polyvisor.storage.layers import LayerStore
+
+        return LayerStore(self.home.layers)
 
     async def capabilities(self) -> tuple[Capabilities, ...]:
         """What the drivers can do here, the preferred first; probed once."""
@@ -239,6 +249,7 @@ class Host(Mover, ImageKeeper):
             *(record, image, self.images.store.directory(image), chosen.name, vm.launch(), str(self.home.path)),
             await self._xen(chosen),
             packing,
+            [self.layers.files(layer) for layer in record.layers] if record.layers else (),
         )
         driver = self.drivers.running(chosen.name)
         command = await driver.command(boot)

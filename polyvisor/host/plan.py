@@ -6,6 +6,7 @@ Pure functions: what they need to know of the host is handed to them.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -29,9 +30,9 @@ SEEDED_INITRD = Path("disks/initrd")
 UEFI_VARIABLES = Path("disks/uefi-vars.fd")
 
 
-def disk_path(index: int) -> Path:
-    """Where disk `index` of a VM is, in the VM's directory."""
-    return Path(f"disks/disk{index}.qcow2")
+def disk_path(index: int, generation: int = 0) -> Path:
+    """Where disk `index` of a VM is, in the VM's directory: what it writes to now."""
+    return Path(f"disks/disk{index}{f'-{generation}' if generation else ''}.qcow2")
 
 
 def disk_count(spec: VMSpec, image: Image) -> int:
@@ -213,10 +214,12 @@ def build_boot(
     place: str = "",
     xen: Capabilities | None = None,
     packing: str | None = None,
+    layers: Sequence[Sequence[Path]] = (),
 ) -> Boot:
     """The `Boot` of a VM: `image_directory` holds the image's files, `last` is how it was last started.
 
-    `place` tells apart private networks of the same name; `xen` is as for `choose_mode`, `packing` as for `as_booted`.
+    `place` tells apart private networks of the same name; `xen` is as for `choose_mode`, `packing` as for `as_booted`,
+    `layers` as for `boot_disks`.
 
     Raises InvalidInput where a port is taken.
     """
@@ -239,7 +242,7 @@ def build_boot(
         kernel=image_directory / image.kernel.name if direct and image.kernel else None,
         initrd=_initrd(image, image_directory) if direct else None,
         cmdline=_cmdline(spec, image, on_xen=xen is not None and mode is not Mode.HVM) if direct else "",
-        disks=boot_disks(spec, image, image_directory),
+        disks=boot_disks(record, image, image_directory, layers),
         nics=boot_nics(record, last, place),
         seed=SEED_DISK if image.seed is Seed.NOCLOUD else None,
         uefi_vars=UEFI_VARIABLES if firmware is Firmware.UEFI else None,
@@ -259,10 +262,18 @@ def _cmdline(spec: VMSpec, image: Image, *, on_xen: bool) -> str:
     return " ".join(filter(None, (image.cmdline, "console=hvc0" if on_xen else "", spec.cmdline)))
 
 
-def boot_disks(spec: VMSpec, image: Image, image_directory: Path) -> tuple[BootDisk, ...]:
-    count = disk_count(spec, image)
-    backings = [image_directory / image.disk.name if i == 0 and image.disk else None for i in range(count)]
-    return tuple(BootDisk(path=disk_path(i), backing=backing) for i, backing in enumerate(backings))
+def boot_disks(
+    record: Record, image: Image, image_directory: Path, layers: Sequence[Sequence[Path]] = ()
+) -> tuple[BootDisk, ...]:
+    """The disks of a VM; `layers` are the files that each stands on, the uppermost first, above the image's."""
+    return tuple(
+        BootDisk(
+            path=disk_path(i, record.generation),
+            layers=tuple(layers[i]) if i < len(layers) else (),
+            backing=image_directory / image.disk.name if i == 0 and image.disk else None,
+        )
+        for i in range(disk_count(record.spec, image))
+    )
 
 
 def boot_nics(record: Record, last: Launch | None, place: str) -> tuple[BootNic, ...]:

@@ -27,6 +27,10 @@ class Record:
 
     `image_id` is the image that its disks stand on; `user` the numeric user that its QEMU runs as (None: the caller's
     own); `created_at` in seconds since the epoch.
+
+    `layers` are the frozen layers that its disks stand on, in their order (None, or missing: the image, or nothing);
+    `generation` is how often its disks have got new overlays, which have it in their names; `snapshot` is the one that these
+    began with.
     """
 
     id: str
@@ -35,6 +39,13 @@ class Record:
     image_id: str
     memory_mib: int
     user: int | None = None
+    layers: tuple[str | None, ...] = ()
+    generation: int = 0
+    snapshot: str | None = None
+
+    def layer(self, index: int) -> str | None:
+        """The frozen layer that disk `index` stands on."""
+        return self.layers[index] if index < len(self.layers) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,7 @@ def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
 
 def record_to_json(record: Record) -> str:
     plain = {**{key: getattr(record, key) for key in _RECORD_KEYS}, "spec": unstructure(record.spec)}
+    plain |= {key: value for key in _DISK_KEYS if (value := getattr(record, key))}
     return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
 
 
@@ -101,6 +113,7 @@ def boot_id() -> str:
 
 
 _RECORD_KEYS = ("id", "created_at", "image_id", "memory_mib", "user")
+_DISK_KEYS = ("layers", "generation", "snapshot")
 
 
 def checked(text: str | bytes) -> dict[str, Any]:

@@ -66,12 +66,21 @@ async def create_overlay(path: Path, backing: Path, size_mib: int | None) -> Non
     Raises StorageFull, NotPermitted, Unavailable (no qemu-img), PolyvisorError, ProcessFailed.
     """
     absolute = _existing(backing, f"making the disk {path}")
-    await _create(path, size_mib, "-b", str(absolute), "-F", "qcow2")
+    await _create(path, size_mib * MIB if size_mib is not None else None, "-b", str(absolute), "-F", "qcow2")
+
+
+async def create_on_layer(path: Path, layer: Path, size: int) -> None:
+    """Make `path` an empty qcow2 disk of `size` bytes above the qcow2 file `layer`, which is not even opened.
+
+    A running VM may still have it, and what it says of files below it was once in the reach of a VM's process.
+    Raises as `create_overlay`.
+    """
+    await _create(path, size, "-u", "-b", str(layer.absolute()), "-F", "qcow2")
 
 
 async def create_blank(path: Path, size_mib: int) -> None:
     """Make `path` an empty qcow2 disk of `size_mib`; an existing one is replaced. Raises as `create_overlay`."""
-    await _create(path, size_mib)
+    await _create(path, size_mib * MIB)
 
 
 def node(disk: Disk, filename: str) -> str:
@@ -190,11 +199,11 @@ def _existing(path: Path, what: str) -> Path:
     return path.absolute()
 
 
-async def _create(path: Path, size_mib: int | None, *options: str) -> None:
+async def _create(path: Path, size_bytes: int | None, *options: str) -> None:
     """Run `qemu-img create` into a temporary file, which then takes the place of `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     absolute = os.path.abspath(temporary)  # noqa: PTH100 (nothing blocks)
-    size = [] if size_mib is None else [str(size_mib * MIB)]
+    size = [] if size_bytes is None else [str(size_bytes)]
     try:
         await run([program(), "create", "-q", "-f", "qcow2", *options, absolute, *size], timeout_s=60)
         _put_in_place(temporary, path)

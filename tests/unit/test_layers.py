@@ -58,12 +58,13 @@ BELOW = ("errors", "waiting", "files", "process", "operation", "home", "spec", "
         ("spec", ("errors", "files", "spec")),
         ("status", ("spec",)),
         ("network", (*BELOW, "network")),
+        ("storage", (*BELOW, "images", "storage")),
         ("images", (*BELOW, "images")),
         ("drivers", (*BELOW, "drivers", "network")),
-        ("host", (*BELOW, "drivers", "network", "images", "host")),
+        ("host", (*BELOW, "drivers", "network", "images", "storage", "host")),
         ("ssh", (*BELOW, "host")),
-        ("remote", (*BELOW, "drivers", "network", "images", "host", "remote", "ssh")),
-        ("lab", (*BELOW, "drivers", "images", "host", "remote", "ssh", "lab")),
+        ("remote", (*BELOW, "drivers", "network", "images", "storage", "host", "remote", "ssh")),
+        ("lab", (*BELOW, "drivers", "images", "storage", "host", "remote", "ssh", "lab")),
     ],
 )
 def test_what_a_package_may_know(package: str, may: tuple[str, ...]) -> None:

@@ -6,7 +6,11 @@ never follows a name that is written inside an image.
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +21,38 @@ from polyvisor.spec.vm import DeviceModel, Firmware
 # Places on the IDE controller of the machine `pc`; `q35` has two more, which nobody is to miss after a change of firmware.
 IDE_PLACES = 4
 _LOOPBACK = "127.0.0.1"
+_DISK = re.compile(r"disk([0-9]+)(?:-[0-9]+)?\Z")
+_DRIVE = re.compile(r",drive=disk([0-9]+)(?:-[0-9]+)?(?=,|\Z)")
 
 
 def disk_argv(index: int, disk: BootDisk, devices: DeviceModel, firmware: Firmware) -> list[str]:
-    """A qcow2 disk, with its backing file under it; the first one is booted from."""
-    node = f"disk{index}"
-    options: dict[str, Any] = {
-        "node-name": node,
+    """A qcow2 disk, with all that it stands on under it; the first one is booted from."""
+    boot = ",bootindex=1" if index == 0 else ""
+    device = f"ide-hd,{ide_place(index, firmware)}" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
+    return ["-blockdev", _json(disk_options(disk)), "-device", f"{device},drive={disk.node},id=disk{index}-dev{boot}"]
+
+
+def disk_options(disk: BootDisk, *, alone: bool = False) -> dict[str, Any]:
+    """A disk as QEMU's blockdev-add takes it; `alone` without what is below it."""
+    return {
+        "node-name": disk.node,
         "driver": "qcow2",
         "discard": "unmap",
         "file": {"driver": "file", "filename": str(disk.path), "discard": "unmap"},
-        "backing": _backing(disk.backing),
+        "backing": None if alone else _backing([*disk.layers, *([disk.backing] if disk.backing else [])]),
     }
-    boot = ",bootindex=1" if index == 0 else ""
-    device = f"ide-hd,{ide_place(index, firmware)}" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
-    return ["-blockdev", _json(options), "-device", f"{device},drive={node},id={node}-dev{boot}"]
+
+
+def with_disks(argv: Sequence[str], disks: Sequence[BootDisk]) -> tuple[str, ...]:
+    """The arguments `argv` of a VM as they are with `disks`, in the same order, in place of those that it had."""
+    words = list(argv)
+    for i, (option, value) in enumerate(itertools.pairwise(argv), 1):
+        if option == "-blockdev" and value.startswith("{"):
+            if match := _DISK.match(str(json.loads(value).get("node-name", ""))):
+                words[i] = _json(disk_options(disks[int(match[1])]))
+        elif option == "-device" and (match := _DRIVE.search(value)):
+            words[i] = f"{value[: match.start()]},drive={disks[int(match[1])].node}{value[match.end() :]}"
+    return tuple(words)
 
 
 def ide_place(index: int, firmware: Firmware) -> str:
@@ -78,11 +99,34 @@ def hostfwd(forward: Forward) -> str:
     return f"{forward.protocol}:{forward.host_address}:{forward.host_port}-:{forward.guest_port}"
 
 
-def _backing(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    file = {"driver": "file", "filename": str(path), "read-only": True}
-    return {"driver": "qcow2", "read-only": True, "backing": None, "file": file}
+def groups_for(argv: Sequence[str]) -> list[int]:
+    """The groups through which an unprivileged QEMU may open /dev/kvm, and layers of disks that other VMs had.
+
+    Root's own would open more than those.
+    """
+    groups = {Path("/dev/kvm").stat().st_gid} if "kvm" in argv else set()
+    below = [Path(file).stat() for file in backing_files(argv)]
+    return sorted((groups | {each.st_gid for each in below if not each.st_mode & stat.S_IROTH}) - {0})
+
+
+def backing_files(argv: Sequence[str]) -> list[str]:
+    """The files that the disks in the arguments `argv` stand on."""
+    found = []
+    for option, value in itertools.pairwise(argv):
+        below = json.loads(value).get("backing") if option == "-blockdev" and value.startswith("{") else None
+        while below:
+            found.append(str(below["file"]["filename"]))
+            below = below["backing"]
+    return found
+
+
+def _backing(paths: Sequence[Path]) -> dict[str, Any] | None:
+    """The files `paths`, each above the next."""
+    below = None
+    for path in reversed(paths):
+        file = {"driver": "file", "filename": str(path), "read-only": True}
+        below = {"driver": "qcow2", "read-only": True, "backing": below, "file": file}
+    return below
 
 
 def _json(options: dict[str, Any]) -> str:

@@ -13,13 +13,14 @@ import os
 import signal
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyvisor.drivers.base import Boot, BootNic, Command, Observed
+from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Observed
 from polyvisor.drivers.qemu.argv import CONSOLE_SOCKET, OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
-from polyvisor.drivers.qemu.devices import hostfwd
+from polyvisor.drivers.qemu.devices import groups_for, hostfwd, with_disks
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
 from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi, version_numbers
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected
@@ -283,6 +284,21 @@ class QemuDriver:
                 await monitor.execute("system_wakeup")
             await monitor.execute("cont")
 
+    async def switch_disks(self, vm: VMDirectory, disks: Sequence[BootDisk]) -> None:
+        from polyvisor.drivers.qemu.disks import forget, switch
+
+        async with self._monitor(vm) as monitor:
+            try:
+                await switch(monitor, disks)
+            except QMPRefused:
+                await forget(monitor, disks)
+                raise
+            except QMPLost as error:
+                raise TimedOut(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+
+    def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
+        return replace(launch, argv=with_disks(launch.argv, disks))
+
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         async with self._monitor(vm) as monitor:
             if printed := await monitor.human(f"hostfwd_add nic{nic} {hostfwd(forward)}"):
@@ -359,7 +375,7 @@ def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None, affinity: s
                 from polyvisor.drivers.qemu.affinity import on_cpus
 
                 stack.enter_context(on_cpus(affinity))
-            return spawn_detached(argv, cwd=vm.path, output=log, inherit=[alive], user=user, groups=_kvm_groups(argv))
+            return spawn_detached(argv, cwd=vm.path, output=log, inherit=[alive], user=user, groups=groups_for(argv))
     finally:
         os.close(alive)
 
@@ -374,12 +390,6 @@ def _lock_alive(vm: VMDirectory, fd: int) -> None:
             if time.monotonic() > deadline:
                 raise WrongState(f"VM '{vm.name}' has a process already", hint=f"polyvisor kill {vm.name}") from error
             time.sleep(0.001)
-
-
-def _kvm_groups(argv: tuple[str, ...]) -> list[int]:
-    """The group through which an unprivileged QEMU may open /dev/kvm."""
-    group = Path("/dev/kvm").stat().st_gid if "kvm" in argv else 0
-    return [group] if group else []  # root's own group would open more than that device
 
 
 def _end(process: Program) -> None:

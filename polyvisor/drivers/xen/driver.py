@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyvisor.drivers.base import Boot, BootNic, Command, Observed
+from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Observed
 from polyvisor.drivers.xen import resize, xl
 from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config, with_resources
 from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
@@ -264,6 +264,12 @@ class XenDriver:
         self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
     ) -> Observed:
         raise Unsupported(MISSING["save"])
+
+    async def switch_disks(self, vm: VMDirectory, disks: Sequence[BootDisk]) -> None:
+        raise Unsupported(MISSING["snapshot-live"])
+
+    def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
+        return launch  # its configuration is written anew at every start
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         await self._bridge.add_forward(vm.alive_file, _position(vm, nic), forward)
