@@ -36,6 +36,7 @@ VERBS = {
     "reboot": ("lifecycle", "let VMs shut down and boot again"),
     "pause": ("lifecycle", "stop the vCPUs of VMs"),
     "resume": ("lifecycle", "let paused VMs go on"),
+    "fork": ("fork", "copy a running VM, memory and all, as often as wanted"),
     "save": ("lifecycle", "write the memory of VMs to disk and end them, until they are started"),
     "move": ("move", "carry a stopped VM, with its disks, to another host"),
     "set": ("set", "change vCPUs, memory and CPU shares of a VM, also while it runs"),

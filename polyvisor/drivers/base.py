@@ -6,7 +6,7 @@ says how that VM is. It neither stores nor locks: `Host` does, and calls it with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -96,6 +96,31 @@ class Boot:
             cpu_limit=self.cpu_limit,
             cpu_affinity=self.cpu_affinity,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """A VM that begins as a copy of another one that runs: what is its own."""
+
+    name: str
+    id: str
+    nics: tuple[BootNic, ...] = ()
+    disks: tuple[BootDisk, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A guest's memory and devices at one moment, from which any number of forks begin.
+
+    `memory` and `state` are open files, neither of which ever changes again; they are closed by whoever was given the template. `machine`
+    and `vcpus` are as `Driver.save` and `Usage` give them. `pause_s` is how long the guest stood still for it, in seconds.
+    """
+
+    memory: int
+    state: int
+    machine: str
+    vcpus: int | None
+    pause_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +223,39 @@ class Driver(Protocol):
 
     def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
         """How a VM runs that was started as in `launch`, once it has `disks` in place of those it had."""
+
+    async def template(
+        self,
+        vm: VMDirectory,
+        user: int | None,
+        progress: Progress,
+        *,
+        runs: bool,
+        at_pause: Callable[[], Awaitable[None]] | None = None,
+    ) -> Template:
+        """Copy memory and devices of a VM, which goes on meanwhile but for a moment; afterwards it goes on where it `runs`.
+
+        `at_pause` is awaited at that moment: the driver can be called there. Raises WrongState, Unsupported.
+        """
+
+    async def fork_command(self, launch: Launch, template: Template, fork: Fork) -> Command:
+        """The command that starts a `fork` of the VM that runs as in `launch`."""
+
+    async def fork(
+        self,
+        vm: VMDirectory,
+        command: Command,
+        user: int | None,
+        template: Template,
+        told: bytes,
+        born: Callable[[], None],
+        *,
+        go: bool,
+    ) -> Observed:
+        """Run a `fork_command`, and call `born` once it has all of the memory; with `go` the vCPUs are let go then.
+
+        Its guest finds what it is `told` as soon as it goes on. Raises CannotStart.
+        """
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         """Open a port of the host to the guest while the VM runs; raises InvalidInput where it is taken."""

@@ -22,7 +22,7 @@ from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, Pending, Resized, Saved, Setup, Usage, VMStatus
+from polyvisor.status import Check, Event, Forked, HostStatus, Pending, Resized, Saved, Setup, Usage, VMStatus
 from polyvisor.values import dataclass
 
 if TYPE_CHECKING:  # it is rarely needed, and takes a millisecond
@@ -134,6 +134,14 @@ class HostApi(Protocol):
 
         A VM that is saved already stays so. Where it fails, with StorageFull or Unsupported say, the VM goes on as before.
         Raises WrongState for a VM that is not alive.
+        """
+
+    async def fork(self, name: str, names: Sequence[str], progress: Progress = silent) -> Forked:
+        """Make the VMs `names` as copies of a VM that runs, memory and all, which go on from where it is; it goes on itself.
+
+        They share what they don't write. Each has an id, addresses, ports, disks and keys of its own, and its guest is told of
+        them where it can be. Forks of a paused VM are paused. Where one fails none is left. Raises WrongState for a VM that is not alive,
+        AlreadyExists, Unsupported.
         """
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:

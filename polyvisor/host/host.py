@@ -27,7 +27,7 @@ from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.setup.wish import Wish
-from polyvisor.host.store import VMDirectory, VMStore, no_such_vm
+from polyvisor.host.store import FORKING, RENEWING, VMDirectory, VMStore, no_such_vm
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.forward import Forward
@@ -38,6 +38,7 @@ from polyvisor.status import (
     Capabilities,
     Check,
     Event,
+    Forked,
     HostStatus,
     Resized,
     Setup,
@@ -175,6 +176,7 @@ class Host(Mover, ImageKeeper):
         from polyvisor.host.plan import as_booted, choose_accelerator, choose_mode, explain_choice, explain_mode
         from polyvisor.network.ports import with_free_ports
 
+        self._require_born(vm, "start")
         if await self._is_started(vm):
             return await self._status(vm)
         require_settled(vm, "start")
@@ -184,6 +186,7 @@ class Host(Mover, ImageKeeper):
             await saved.restore(vm, self.drivers.of(vm), str(self.home.path), progress)
             return await self._status(vm)
         self._let_run(vm)
+        (vm.path / RENEWING).unlink(missing_ok=True)  # it boots, and its seed says who it is
         record = vm.record
         image = self.images.store.by_id(record.image_id)
         capabilities = await self.capabilities()
@@ -215,6 +218,11 @@ class Host(Mover, ImageKeeper):
             await settle(vm, self.drivers.of(vm))
         return True
 
+    async def fork(self, name: str, names: Sequence[str], progress: Progress = silent) -> Forked:
+        from polyvisor.host.fork import fork
+
+        return await fork(self, name, names, progress)
+
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
         from polyvisor.host import saved
 
@@ -230,6 +238,8 @@ class Host(Mover, ImageKeeper):
             from polyvisor.host.saved import drop
 
             drop(vm)
+        if vm.is_forking():
+            (vm.path / FORKING).unlink(missing_ok=True)
 
     async def _end(self, vm: VMDirectory) -> None:
         """End a VM now; one that is saved stays so."""
@@ -278,7 +288,7 @@ class Host(Mover, ImageKeeper):
         began = time.monotonic()
         if vm.alive() and timeout_s > 0:
             observed = await self.drivers.of(vm).inspect(vm)
-            restoring = vm.is_saved() and vm.is_restoring()
+            restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
             if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
                 await self._press_power_button(vm, observed.state)
                 while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
@@ -440,8 +450,14 @@ class Host(Mover, ImageKeeper):
         from polyvisor.host.inside import until_ssh_answers
 
         await event_loop()
-        target = await self.ssh_target(name)
-        await until_ssh_answers(self.store.get(name), target, timeout_s, progress)
+        target, vm = await self.ssh_target(name), self.store.get(name)
+        if vm.is_renewing():
+            from polyvisor.host.identity import until_renewed
+
+            began = time.monotonic()
+            await until_renewed(vm, timeout_s, progress)
+            timeout_s -= time.monotonic() - began
+        await until_ssh_answers(vm, target, timeout_s, progress)
         return target
 
     # Helpers
@@ -467,7 +483,14 @@ class Host(Mover, ImageKeeper):
     async def _require_whole(self, vm: VMDirectory, verb: str) -> None:
         """Raise WrongState for a VM that is not alive, or whose process may not have all of its memory yet."""
         await self._require_alive(vm, verb)
+        self._require_born(vm, verb)
         if vm.is_saved() and vm.is_restoring():
             from polyvisor.host.saved import still_restoring
 
             raise still_restoring(vm)
+
+    def _require_born(self, vm: VMDirectory, verb: str) -> None:
+        """Raise WrongState for a fork that has no memory: nothing can give it that any more."""
+        if vm.is_unborn():
+            hint = f"polyvisor rm --force {vm.name}, and fork again"
+            raise WrongState(f"VM '{vm.name}' was being forked when that was cut off: it can't {verb}", hint=hint)

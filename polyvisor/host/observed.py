@@ -39,6 +39,11 @@ def status_of(vm: VMDirectory, observed: Observed) -> VMStatus:
 
 def with_saved(vm: VMDirectory, observed: Observed) -> Observed:
     """What was `observed` of a VM that does not run, and what its directory says of its memory."""
+    if vm.is_unborn():
+        return replace(observed, reason=f"it is being forked; if that was cut off: polyvisor rm --force {vm.name}")
+    if observed.state is VMState.PAUSED and vm.is_forking():
+        reason = f"its memory is being copied; if that was cut off: polyvisor resume {vm.name}, or fork again"
+        return replace(observed, reason=reason)
     if not observed.state.alive:
         if vm.is_moving():
             from polyvisor.host.moves import describe

@@ -5,6 +5,9 @@
     <vms>/<name>/alive         locked by the hypervisor's process for as long as that lives
     <vms>/<name>/qemu.log      what the hypervisor's process said
     <vms>/<name>/move.json     that the VM is on its way to another host, or from one (moves.py)
+    <vms>/<name>/forking       its memory is being copied for forks, and it goes on afterwards
+    <vms>/<name>/unborn        it is a fork, and has not got all of its memory so far
+    <vms>/<name>/renewing      it is a fork, and its guest has not taken on its own identity so far (identity.py)
     <vms>/<name>/saved/        memory and devices of a VM that was saved
     <vms>/<name>/disks/        disks and UEFI variables
     <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
@@ -35,6 +38,9 @@ from polyvisor.waiting import pause
 
 ALIVE = "alive"
 SAVED = "saved"
+FORKING = "forking"
+UNBORN = "unborn"
+RENEWING = "renewing"
 LOCK_PATIENCE_S = 30.0
 _POLL_S = 0.02
 
@@ -131,6 +137,18 @@ class VMDirectory:
             return any(self.saved.iterdir())
         except FileNotFoundError:
             return False
+
+    def is_forking(self) -> bool:
+        """Whether a command is copying its memory, or was cut off in that; if it is paused, it is to go on."""
+        return os.path.exists(f"{self.path}/{FORKING}")  # noqa: PTH110
+
+    def is_unborn(self) -> bool:
+        """Whether it is a fork that has no memory yet, and never will where its making was cut off."""
+        return os.path.exists(f"{self.path}/{UNBORN}")  # noqa: PTH110
+
+    def is_renewing(self) -> bool:
+        """Whether it is a fork whose guest has been told who it is, and has not answered yet."""
+        return os.path.exists(f"{self.path}/{RENEWING}")  # noqa: PTH110
 
     def is_moving(self) -> bool:
         """Whether it is on its way to another host, or from one; see `moves.py`."""

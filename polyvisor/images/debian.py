@@ -320,4 +320,5 @@ def _image(name: str, suite: str, disk: Disk, mirror: str | None, flavour: Flavo
         user=flavour.user,
         memory_mib=flavour.memory_mib,
         recipe=recipe(flavour, suite),
+        agent=True,
     )

@@ -40,7 +40,7 @@ class Image:
     `id` is derived from the content of the files. `disk` (always qcow2, `disk_size_mib` as the guest sees it)
     boots by the listed `firmware`; `kernel` and `initrd` with `cmdline` boot directly. `user` is whom to log in as over SSH.
     `memory_mib` is what a VM gets that does not ask for an amount. `recipe` tells an image that Polyvisor built from what the
-    present version would build instead (`debian.recipe`).
+    present version would build instead (`debian.recipe`). `agent`: its guests listen to what `host/identity.py` tells forks.
     """
 
     id: str
@@ -59,6 +59,7 @@ class Image:
     user: str | None = None
     memory_mib: int = 512
     recipe: str | None = None
+    agent: bool = False
 
     @property
     def files(self) -> tuple[ImageFile, ...]:

@@ -130,4 +130,5 @@ def _manifest(name: str, suite: str, packages: Iterable[Package]) -> Image:
         seed=Seed.INITRD,
         user="root",
         memory_mib=MEMORY_MIB,
+        agent=True,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from polyvisor.errors import ImageRefused
-from polyvisor.images import cpio, kmod
+from polyvisor.images import cpio, kmod, reseed
 from polyvisor.values import dataclass
 
 # Both families of paravirtual drivers: one image boots on QEMU and on Xen.
@@ -69,6 +69,8 @@ SCRIPTS = {
     "etc/polyvisor/lease": "lease",
     "etc/acpi/PWRF/00000080": "power-button",
 }
+# The images share it.
+AGENT = "debian/rootfs/usr/lib/polyvisor/agent"
 TEXTS = {"etc/inittab": "inittab", "etc/issue": "issue", "etc/profile": "profile", "etc/os-release": "os-release"}
 # The empty password is in shadow: busybox does not find a user by number whose field in passwd is empty.
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"  # noqa: S105
@@ -117,13 +119,16 @@ def _modules(version: str, modules: Sequence[kmod.Module]) -> dict[str, cpio.Ent
 
 
 def _texts(release: OsRelease) -> dict[str, cpio.Entry]:
-    data = resources.files("polyvisor.images") / "data" / "tiny"
+    package = resources.files("polyvisor.images") / "data"
+    data = package / "tiny"
     entries = {path: cpio.file(path, (data / name).read_bytes(), 0o755) for path, name in SCRIPTS.items()}
     texts = {path: (data / name).read_text() for path, name in TEXTS.items()}
     texts["etc/os-release"] = (
         texts["etc/os-release"].replace("@SUITE@", release.suite).replace("@KERNEL@", release.kernel)
     )
     texts |= {"etc/passwd": PASSWD, "etc/group": GROUP, "etc/shells": "/bin/sh\n"}
+    entries["etc/polyvisor/agent"] = cpio.file("etc/polyvisor/agent", (package / AGENT).read_bytes(), 0o755)
+    entries["bin/reseed"] = cpio.file("bin/reseed", reseed.program(), 0o755)
     entries["etc/shadow"] = cpio.file("etc/shadow", SHADOW.encode(), 0o600)
     return entries | {path: cpio.file(path, text.encode()) for path, text in texts.items()}
 

@@ -47,7 +47,7 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, HostStatus, Resized, Setup, VMStatus
+from polyvisor.status import Check, Event, Forked, HostStatus, Resized, Setup, VMStatus
 
 T = TypeVar("T")
 
@@ -216,6 +216,9 @@ class RemoteHost:
 
     async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> VMStatus:
         return await self._call(VMStatus, "start", progress, name=name, fresh=fresh)
+
+    async def fork(self, name: str, names: Sequence[str], progress: Progress = silent) -> Forked:
+        return await self._call(Forked, "fork", progress, name=name, names=list(names))
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
         return await self._call(VMStatus, "save", progress, name=name)

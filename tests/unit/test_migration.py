@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from polyvisor.drivers.base import BootNic
-from polyvisor.drivers.qemu.migration import read_memory, restoring_argv, runs_guest, write_memory
+from polyvisor.drivers.qemu.incoming import restoring_argv
+from polyvisor.drivers.qemu.migration import read_memory, runs_guest, write_memory
 from polyvisor.drivers.qemu.programs import Qemu
 from polyvisor.drivers.qemu.qmp import QMPRefused, connected
 from polyvisor.errors import PolyvisorError, StorageFull, Unsupported, WrongState

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from polyvisor.drivers.qemu import resize
-from polyvisor.drivers.qemu.migration import restoring_argv
+from polyvisor.drivers.qemu.incoming import restoring_argv
 from polyvisor.drivers.qemu.qmp import Monitor, connected
 from polyvisor.drivers.qemu.resize import read_slots, set_memory, set_vcpus, usage
 from polyvisor.errors import PolyvisorError, TimedOut, WrongState

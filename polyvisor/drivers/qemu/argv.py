@@ -21,6 +21,8 @@ OBSERVE_SOCKET = "run/observe.sock"
 CONSOLE_SOCKET = "run/console.sock"
 CONSOLE_LOG = "run/console.log"
 PID_FILE = "run/qemu.pid"
+# Two named pipes, AGENT_PIPE.in and AGENT_PIPE.out: what the host tells the guest, and what that answers.
+AGENT_PIPE = "run/agent"
 
 # AMD's virtualization, as TCG emulates it. With SMAP or SMEP Xen's dom0 crashes early, with MONITOR Xen's idle loop does, and
 # RDTSCP ends Xen's PVH and HVM guests (QEMU 7.2 reports its intercept as RDTSC's).
@@ -28,6 +30,9 @@ NESTED_CPU = "EPYC,-smap,-smep,-monitor,-rdtscp,+svm,+npt"
 # Below 16 MiB translation dominates (a boot takes 5 s instead of 3), above 32 nothing is gained.
 TCG_BUFFER_MIB = 32
 BALLOON = "balloon"
+# Tells the guest that there may be another one like it: each QEMU has a new one, and a guest that goes on in it renews its
+# random numbers (docs/specs/vmgenid.rst of QEMU; Linux' drivers/virt/vmgenid.c).
+GENERATION_ARGV = ("-device", "vmgenid,guid=auto")
 VIRTIO_ARGV = ("-device", "virtio-rng-pci", "-device", f"virtio-balloon-pci,id={BALLOON}")
 
 
@@ -42,6 +47,8 @@ def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[s
         *kernel_argv(boot),
         *control_argv(),
         *console_argv(),
+        *agent_argv(),
+        *GENERATION_ARGV,
         *display_argv(boot.devices),
         *(word for i, disk in enumerate(boot.disks) for word in disk_argv(i, disk, boot.devices, boot.firmware)),
         *seed_argv(boot.seed, len(boot.disks), boot.devices, boot.firmware),
@@ -125,6 +132,15 @@ def control_argv() -> list[str]:
 def console_argv() -> list[str]:
     chardev = f"socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,logfile={CONSOLE_LOG},logappend=on"
     return ["-chardev", chardev, "-serial", "chardev:console"]
+
+
+def agent_argv() -> list[str]:
+    """The second serial port, by which a guest that takes part is told who it is: any guest has a driver for it.
+
+    Named pipes keep what is written while nobody listens, and who writes need not stay. QEMU opens both for reading and
+    writing, so neither ever ends (qemu(1), -chardev pipe).
+    """
+    return ["-chardev", f"pipe,id=agent,path={AGENT_PIPE}", "-serial", "chardev:agent"]
 
 
 def _blockdev(*, node: str, driver: str, file: dict[str, Any], read_only: bool = False) -> list[str]:

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Observed
+from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Fork, Observed, Template
+from polyvisor.drivers.qemu.agent import has_agent_port, make_pipes
 from polyvisor.drivers.qemu.argv import CONSOLE_SOCKET, OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
 from polyvisor.drivers.qemu.devices import groups_for, hostfwd, with_disks
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
@@ -88,6 +89,8 @@ class QemuDriver:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self._qemu: Qemu | None = None
+        # A socket serves one client: what is called while one is open (`template`) goes by that.
+        self._open: dict[Path, Monitor] = {}
 
     async def qemu(self) -> Qemu:
         """The QEMU of this host; raises Unavailable."""
@@ -173,7 +176,7 @@ class QemuDriver:
     async def restore_command(
         self, launch: Launch, machine: str, nics: tuple[BootNic, ...], vcpus: int | None = None
     ) -> Command:
-        from polyvisor.drivers.qemu.migration import restoring_argv
+        from polyvisor.drivers.qemu.incoming import restoring_argv
 
         qemu = await self.qemu()
         if qemu.numbers < version_numbers(launch.version):
@@ -193,6 +196,64 @@ class QemuDriver:
             ) as monitor:
                 await read_memory(monitor, file, os.fstat(file).st_size, progress)
         return Observed(state=VMState.PAUSED, pid=process.pid)
+
+    async def template(
+        self,
+        vm: VMDirectory,
+        user: int | None,
+        progress: Progress,
+        *,
+        runs: bool,
+        at_pause: Callable[[], Awaitable[None]] | None = None,
+    ) -> Template:
+        from polyvisor.drivers.qemu.fork import take_template
+
+        launch = vm.launch()
+        assert launch is not None  # noqa: S101 - it is alive
+        try:
+            async with self._monitor(vm) as monitor:
+                self._open[vm.path] = monitor
+                return await take_template(
+                    monitor, vm, launch, await self.qemu(), user, progress, runs=runs, at_pause=at_pause
+                )
+        except QMPLost as error:
+            raise PolyvisorError(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+        finally:
+            self._open.pop(vm.path, None)
+
+    async def fork_command(self, launch: Launch, template: Template, fork: Fork) -> Command:
+        from polyvisor.drivers.qemu.incoming import Machine, fork_argv
+
+        qemu = await self.qemu()
+        machine = Machine(type=template.machine, vcpus=template.vcpus)
+        return Command(argv=qemu.renewed(fork_argv(launch.argv, machine, template.memory, fork)), version=qemu.version)
+
+    async def fork(
+        self,
+        vm: VMDirectory,
+        command: Command,
+        user: int | None,
+        template: Template,
+        told: bytes,
+        born: Callable[[], None],
+        *,
+        go: bool,
+    ) -> Observed:
+        from polyvisor.drivers.qemu.agent import tell
+        from polyvisor.drivers.qemu.fork import begin
+
+        launch = vm.launch()
+        affinity = launch.resources.cpu_affinity if launch and launch.resources else ALL_CPUS
+        with _started(vm, command, user, affinity, inherit=(template.memory,)) as process:
+            async with connected(
+                vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
+            ) as monitor:
+                await begin(monitor, template)
+                tell(vm, told)
+                born()
+                if go:
+                    await monitor.execute("cont")
+        return Observed(state=VMState.RUNNING if go else VMState.PAUSED, pid=process.pid)
 
     async def inspect(self, vm: VMDirectory) -> Observed:
         """How the VM is now: by its lock whether it lives, by QMP whether it runs."""
@@ -341,20 +402,27 @@ class QemuDriver:
     async def _monitor(
         self, vm: VMDirectory, socket: str = QMP_SOCKET, timeout_s: float = ANSWER_S
     ) -> AsyncIterator[Monitor]:
+        if socket == QMP_SOCKET and (monitor := self._open.get(vm.path)):
+            yield monitor
+            return
         async with connected(vm.path / socket, timeout_s=timeout_s, gone=lambda: not vm.alive()) as monitor:
             yield monitor
 
 
 @contextlib.contextmanager
-def _started(vm: VMDirectory, command: Command, user: int | None, affinity: str = ALL_CPUS) -> Iterator[Program]:
-    """The process of a new QEMU, on the CPUs of `affinity` from its first moment.
+def _started(
+    vm: VMDirectory, command: Command, user: int | None, affinity: str = ALL_CPUS, inherit: tuple[int, ...] = ()
+) -> Iterator[Program]:
+    """The process of a new QEMU, on the CPUs of `affinity` from its first moment, with the open files that it is to inherit.
 
     Where the block fails it is ended, and CannotStart has its last words.
     """
     with storage_errors(f"starting VM '{vm.name}'"):
         for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
             (vm.path / leftover).unlink(missing_ok=True)
-        process = _spawn(vm, command.argv, user, affinity)
+        if has_agent_port(command.argv):
+            make_pipes(vm, user)
+        process = _spawn(vm, command.argv, user, affinity, inherit)
     try:
         yield process
     except (QMPLost, QMPRefused, TimedOut) as error:
@@ -365,7 +433,9 @@ def _started(vm: VMDirectory, command: Command, user: int | None, affinity: str 
         raise
 
 
-def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None, affinity: str) -> Program:
+def _spawn(
+    vm: VMDirectory, argv: tuple[str, ...], user: int | None, affinity: str, inherit: tuple[int, ...]
+) -> Program:
     """Start QEMU so that it holds the lock on the VM's `alive` file from its first moment to its last."""
     alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -375,7 +445,8 @@ def _spawn(vm: VMDirectory, argv: tuple[str, ...], user: int | None, affinity: s
                 from polyvisor.drivers.qemu.affinity import on_cpus
 
                 stack.enter_context(on_cpus(affinity))
-            return spawn_detached(argv, cwd=vm.path, output=log, inherit=[alive], user=user, groups=groups_for(argv))
+            open_files = (alive, *inherit)
+            return spawn_detached(argv, cwd=vm.path, output=log, inherit=open_files, user=user, groups=groups_for(argv))
     finally:
         os.close(alive)
 

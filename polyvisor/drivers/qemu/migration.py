@@ -11,30 +11,28 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
-from polyvisor.drivers.base import BootNic
-from polyvisor.drivers.qemu.argv import smp
-from polyvisor.drivers.qemu.devices import netdev
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused
 from polyvisor.errors import PolyvisorError, StorageFull, TimedOut, Unsupported, WrongState
 from polyvisor.operation import Progress, Step
+from polyvisor.waiting import pause
 
 # QEMU answers nothing while it reads, nor while it empties its caches; a disk may be slow.
 PATIENCE_S = 900.0
 _POLL_S = 0.02
+_READING_S = 0.001  # a fork reads for some milliseconds in all
 _NAME = "memory"
 _SET = 5  # the number of our set of descriptors; nothing else here uses any
 _FILE_IN_SET = (9, 1)
-_UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
+UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 # In these run states the vCPUs stand still until they are told to go on, in the others a guest may wake by itself.
 _SAVABLE = ("running", "paused", "io-error", "postmigrate")
 _DEVICES_BYTES = 4 << 20  # they come after the memory, and take a tenth of that
 _CPU_SECTION = re.compile(rb"\x04.{4}\x03cpu.{8}", re.DOTALL)
 _HFLAGS = 18 * 8
 _HF_GUEST = 1 << 21
-_INCOMING = ("-S", "-incoming", "defer")
 
 
 async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
@@ -45,21 +43,26 @@ async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
     monitor.timeout_s = PATIENCE_S
     await end_migration(monitor)
     await _stop(monitor)
-    machine = str(await monitor.execute("qom-get", path="/machine", property="type"))
+    machine = await machine_type(monitor)
     await monitor.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
     try:
-        async with _handed_over(monitor, file) as uri:
+        async with handed_over(monitor, file) as uri:
             await monitor.execute("migrate", uri=uri)
             await _written(monitor, progress)
     except BaseException:
         with contextlib.suppress(PolyvisorError):
             await end_migration(monitor)
         raise
-    return machine.removesuffix("-machine")
+    return machine
 
 
-async def _stop(monitor: Monitor) -> None:
-    """Let the vCPUs stand still; raises WrongState, Unsupported where this guest can't be saved."""
+async def machine_type(monitor: Monitor) -> str:
+    """The machine under its versioned name, as pc-i440fx-7.2."""
+    return str(await monitor.execute("qom-get", path="/machine", property="type")).removesuffix("-machine")
+
+
+async def require_movable(monitor: Monitor) -> str:
+    """The guest's state, where it can be written; raises WrongState, Unsupported. One that was written already can be again."""
     state = await monitor.run_state()
     if state not in _SAVABLE:
         raise WrongState(f"its guest is in the state '{state}'", hint="let it go on first: polyvisor resume")
@@ -68,11 +71,18 @@ async def _stop(monitor: Monitor) -> None:
         raise Unsupported(f"QEMU can't save this guest: {reasons[0]}")
     if state == "postmigrate":  # QEMU writes a guest once; only vCPUs that have been let go on make it write again
         await monitor.execute("cont")
+        await monitor.execute("stop")
+    return state
+
+
+async def _stop(monitor: Monitor) -> None:
+    """Let the vCPUs stand still; raises WrongState, Unsupported where this guest can't be saved."""
+    await require_movable(monitor)
     await monitor.execute("stop")
 
 
 async def _written(monitor: Monitor, progress: Progress) -> None:
-    while (status := await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+    while (status := await monitor.execute("query-migrate")).get("status") in UNDER_WAY:
         if ram := status.get("ram"):
             progress(Step("saving", ram["total"] - ram["remaining"], ram["total"], "B"))
         await asyncio.sleep(_POLL_S)
@@ -85,17 +95,15 @@ async def _written(monitor: Monitor, progress: Progress) -> None:
 
 
 async def read_memory(monitor: Monitor, file: int, size: int, progress: Progress) -> None:
-    """Let a QEMU that was started with the arguments of `restoring_argv` read what `write_memory` wrote, `size` bytes.
+    """Let a QEMU that was started with the arguments of `incoming.restoring_argv` read what `write_memory` wrote, `size` bytes.
 
     The vCPUs stand still afterwards. Raises QMPLost where QEMU does not understand it and ends, QMPRefused, TimedOut.
     """
     monitor.timeout_s = PATIENCE_S
-    async with _handed_over(monitor, file) as uri:
+    async with handed_over(monitor, file) as uri:
         await monitor.execute("migrate-incoming", uri=uri)
-        status = None
-        while status in (None, *_UNDER_WAY):
-            status = await _asked_while_reading(monitor, file, size, progress)
-            await asyncio.sleep(_POLL_S)
+        while (status := await _asked_while_reading(monitor, file, size, progress)) in (None, *UNDER_WAY):
+            await pause(_READING_S)
     if status != "completed":
         raise QMPRefused(f"QEMU could not read its memory: it ended as '{status}'")
 
@@ -130,13 +138,13 @@ def runs_guest(file: int) -> bool:
 
 async def end_migration(monitor: Monitor) -> None:
     """Let no migration be under way: one that a command left which was killed would stop the vCPUs at its end."""
-    while (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+    while (await monitor.execute("query-migrate")).get("status") in UNDER_WAY:
         await monitor.execute("migrate_cancel")
         await asyncio.sleep(_POLL_S)
 
 
 @contextlib.asynccontextmanager
-async def _handed_over(monitor: Monitor, file: int) -> AsyncIterator[str]:
+async def handed_over(monitor: Monitor, file: int) -> AsyncIterator[str]:
     """Give QEMU the open file, and the URI by which it knows it there."""
     version = (await monitor.execute("query-version"))["qemu"]
     if (version["major"], version["minor"]) < _FILE_IN_SET:
@@ -149,25 +157,3 @@ async def _handed_over(monitor: Monitor, file: int) -> AsyncIterator[str]:
     finally:
         with contextlib.suppress(QMPLost, QMPRefused, TimedOut):
             await monitor.execute("remove-fd", **{"fdset-id": _SET})
-
-
-def restoring_argv(argv: Sequence[str], machine: str, nics: Sequence[BootNic], vcpus: int | None = None) -> list[str]:
-    """The arguments `argv` that the VM was last started with, for a QEMU that waits for its memory.
-
-    Devices must be those of then; so is the machine, as `machine` (`pc` alone may be another one with every version).
-    Ports of the host are those of `nics`. vCPUs are plugged in and pulled out in order, so that `vcpus`, how many there were at
-    the save, says which.
-    """
-    words = list(argv)
-    for own in _INCOMING:  # where it was restored before
-        if own in words:
-            words.remove(own)
-    for i in range(len(words) - 1, 0, -1):
-        option, value = words[i - 1], words[i]
-        if option == "-machine" and not value.startswith("pflash"):
-            words[i] = ",".join([machine, *value.split(",")[1:]])
-        if option == "-smp" and vcpus is not None:
-            words[i] = smp(vcpus, int(dict(each.split("=") for each in value.split(","))["cores"]))
-        if option == "-netdev":
-            words[i] = next((netdev(n, nic) for n, nic in enumerate(nics) if f"id=nic{n}" in value.split(",")), value)
-    return [*words, *_INCOMING]

@@ -71,6 +71,12 @@ class Monitor:
             raise QMPLost(f"the connection to QEMU ended before {command}") from error
         return await self.execute(command, **arguments)
 
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+        """Listen to QEMU's events of these names; what is given returns those that came, and forgets them."""
+        with self._client.listener(names) as listener:
+            yield lambda: [dict(event) for event in listener.clear()]
+
     async def human(self, line: str) -> str:
         """Run a command of the human monitor, for what QMP lacks; returns what it printed, which is empty on success."""
         printed: str = await self.execute("human-monitor-command", **{"command-line": line})

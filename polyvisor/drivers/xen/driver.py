@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Observed
+from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Fork, Observed, Template
 from polyvisor.drivers.xen import resize, xl
 from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config, with_resources
 from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
@@ -270,6 +270,33 @@ class XenDriver:
 
     def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
         return launch  # its configuration is written anew at every start
+
+    async def template(
+        self,
+        vm: VMDirectory,
+        user: int | None,
+        progress: Progress,
+        *,
+        runs: bool,
+        at_pause: Callable[[], Awaitable[None]] | None = None,
+    ) -> Template:
+        raise Unsupported(MISSING["fork"])
+
+    async def fork_command(self, launch: Launch, template: Template, fork: Fork) -> Command:
+        raise Unsupported(MISSING["fork"])
+
+    async def fork(
+        self,
+        vm: VMDirectory,
+        command: Command,
+        user: int | None,
+        template: Template,
+        told: bytes,
+        born: Callable[[], None],
+        *,
+        go: bool,
+    ) -> Observed:
+        raise Unsupported(MISSING["fork"])
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         await self._bridge.add_forward(vm.alive_file, _position(vm, nic), forward)

@@ -10,6 +10,7 @@ from polyvisor.network.bridge import missing_programs
 from polyvisor.status import Accelerator, Capabilities
 
 MISSING = {
+    "fork": "Xen can't start a guest from another one's memory by way of its tools",
     "save": "saving VMs of Xen is not there yet",
     "snapshot-live": "disks of VMs that run on Xen can't be frozen: stop the VM first",
     "snapshot-memory": "saving VMs of Xen is not there yet",

@@ -4,7 +4,7 @@ set -eu
 here=/run
 
 passwd --lock root >/dev/null
-systemctl enable systemd-networkd systemd-resolved ssh
+systemctl enable systemd-networkd systemd-resolved ssh polyvisor-agent
 ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 
 # Nothing that wakes up by itself: on a fresh VM these compete with the user's first command.

@@ -1,0 +1,85 @@
+"""`fork`: copies of a running VM, memory and all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import count
+
+from polyvisor.cli.context import Context
+from polyvisor.cli.parser import seconds
+from polyvisor.cli.show import describe
+from polyvisor.errors import InvalidInput
+from polyvisor.status import Forked
+
+WAIT_S = 120.0
+
+
+def add_fork(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a VM that runs, or is paused")
+    parser.add_argument("fork", nargs="?", metavar="FORK", help="name of the fork, where there is to be one")
+    parser.add_argument("-n", "--count", type=int, default=1, metavar="N", help="how many forks (default: 1)")
+    parser.add_argument("--prefix", metavar="TEXT", help="forks are TEXT1, TEXT2, … (default: NAME-)")
+    parser.add_argument(
+        "-w", "--wait", action="store_true", help="wait until each fork answers by SSH under its own key"
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, default=WAIT_S, metavar="SECONDS", help="how long to wait (default: %(default).0f)"
+    )
+    parser.set_defaults(action=_fork)
+
+
+def chosen(taken: Iterable[str], prefix: str, number: int) -> list[str]:
+    """`number` names that begin with `prefix` and are not `taken`, the lowest numbers first."""
+    there = set(taken)
+    free = (name for name in (f"{prefix}{i}" for i in count(1)) if name not in there)
+    return [name for name, _ in zip(free, range(number), strict=False)]
+
+
+def _fork(context: Context, options: argparse.Namespace) -> int:
+    if options.count < 1:
+        raise InvalidInput("count", options.count, "is not a number of forks", hint="use 1 or more")
+    if options.fork and (options.count > 1 or options.prefix):
+        raise InvalidInput("FORK", options.fork, "names one fork", hint="use --prefix with --count")
+
+    async def work() -> int:
+        host = context.host
+        names = (
+            [options.fork]
+            if options.fork
+            else chosen(
+                await host.names(), options.prefix if options.prefix is not None else f"{options.name}-", options.count
+            )
+        )
+        forked = await host.fork(options.name, names, context.progress)
+        context.progress.close()
+        if options.wait:
+            for name in names:
+                await host.wait_for_ssh(name, timeout_s=options.timeout, progress=context.progress)
+            context.progress.close()
+        if context.json:
+            context.print_json(forked)
+            return 0
+        for line in told(options.name, forked):
+            context.say(line)
+        if forked.same_identity:
+            print(
+                f"note: the forks keep host name, host keys, machine-id and random numbers of {options.name}: "
+                f"{forked.same_identity}",
+                file=sys.stderr,
+            )
+        return 0
+
+    return context.run(work())
+
+
+def told(name: str, forked: Forked) -> Iterator[str]:
+    """What a person is told of forks."""
+    for status in forked.forks:
+        yield describe(status)
+    number = len(forked.forks)
+    yield (
+        f"{number} fork{'s' if number > 1 else ''} of {name}: copied in {forked.copy_s * 1000:.0f} ms, of which it stood still for "
+        f"{forked.pause_s * 1000:.0f} ms; begun in {forked.begin_s * 1000:.0f} ms ({forked.begin_s / number * 1000:.0f} ms each)"
+    )

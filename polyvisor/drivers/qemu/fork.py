@@ -1,0 +1,220 @@
+"""A running guest as a template, and forks that begin from it: memory is shared until it is written.
+
+The guest goes on in its own QEMU, with its connections. A second QEMU, which will never run a vCPU, has a file in memory for its
+RAM; the guest's is copied there by QEMU's own live migration, and the guest let go on as soon as the last page has been
+sent. The second QEMU then writes the state of the devices alone (migration capability `x-ignore-shared`) and ends. From now on
+the file is sealed: nobody can write to it, neither a QEMU that its guest has broken out of, nor one that
+punches holes where the guest's balloon grows. A fork is a QEMU that maps the file privately and reads the devices' state.
+
+Seals: memfd_create(2), fcntl(2). See docs/design/fork.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import IO, TYPE_CHECKING, Any
+
+from polyvisor.drivers.base import Template
+from polyvisor.drivers.qemu.incoming import TEMPLATE_SOCKET, Machine, memory_size, template_argv
+from polyvisor.drivers.qemu.migration import (
+    UNDER_WAY,
+    end_migration,
+    handed_over,
+    machine_type,
+    read_memory,
+    require_movable,
+)
+from polyvisor.drivers.qemu.programs import Qemu
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
+from polyvisor.drivers.qemu.resize import usage
+from polyvisor.errors import PolyvisorError, TimedOut
+from polyvisor.host.record import Launch
+from polyvisor.host.store import VMDirectory
+from polyvisor.operation import Progress, Step, silent
+from polyvisor.process import find_program, spawn_detached
+from polyvisor.waiting import pause
+
+if TYPE_CHECKING:
+    from polyvisor.process import Program
+
+AtPause = Callable[[], Awaitable[None]]
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+# Leaves memory out that is a file, of what is written and read. As a property (-global migration.…) QEMU 7.2 does not have it.
+IGNORE_SHARED = "x-ignore-shared"
+START_S = 60.0
+END_S = 10.0
+# How long the guest may stand still, in ms, by how long it has been tried, in s: one that writes faster than its memory can
+# be copied is stopped for longer in the end.
+DOWNTIMES = ((0.0, 60), (3.0, 500), (10.0, 10_000))
+_POLL_S = 0.001
+_NAME = "template"
+
+
+async def take_template(
+    monitor: Monitor,
+    vm: VMDirectory,
+    launch: Launch,
+    qemu: Qemu,
+    user: int | None,
+    progress: Progress,
+    *,
+    runs: bool,
+    at_pause: AtPause | None = None,
+) -> Template:
+    """Copy a guest that was started as in `launch`; see `Driver.template`. Raises WrongState, Unsupported, PolyvisorError."""
+    await end_migration(monitor)
+    await require_movable(monitor)
+    machine = Machine(type=await machine_type(monitor), vcpus=(await usage(monitor)).vcpus)
+    sizes = await _disk_sizes(monitor)
+    with contextlib.ExitStack() as kept:
+        memory = _kept(kept, os.memfd_create(f"polyvisor-{vm.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        state = _kept(kept, os.memfd_create("polyvisor-state", os.MFD_CLOEXEC))
+        os.ftruncate(memory, int(memory_size(launch.argv).removesuffix("M")) << 20)
+        argv = qemu.renewed(template_argv(launch.argv, machine, memory, sizes))
+        async with _second(vm, argv, user, memory) as second:
+            pause_s = await _copy(monitor, second, progress, at_pause, runs=runs)
+            await _write_devices(second, state)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+        kept.pop_all()
+    return Template(memory=memory, state=state, machine=machine.type, vcpus=machine.vcpus, pause_s=pause_s)
+
+
+async def begin(monitor: Monitor, template: Template) -> None:
+    """Let a QEMU with the arguments of `incoming.fork_argv` become the fork; its vCPUs stand still. Raises QMPLost, QMPRefused."""
+    await _set_capability(monitor, IGNORE_SHARED, True)
+    # A description of its own, since each has a place of its own in the file.
+    own = os.open(f"/proc/self/fd/{template.state}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        await read_memory(monitor, own, os.fstat(own).st_size, silent)
+    finally:
+        os.close(own)
+    await _set_capability(monitor, IGNORE_SHARED, False)  # or what is saved of the fork one day would want it too
+
+
+@contextlib.asynccontextmanager
+async def _second(vm: VMDirectory, argv: tuple[str, ...], user: int | None, memory: int) -> AsyncIterator[Monitor]:
+    """The QEMU that receives the memory. It ends with the block, and with this process, however that ends."""
+    setpriv = find_program("setpriv", package="util-linux")
+    socket_path = vm.path / TEMPLATE_SOCKET
+    socket_path.unlink(missing_ok=True)
+    with tempfile.TemporaryFile() as log:
+        process = spawn_detached(
+            (setpriv, "--pdeathsig", "KILL", *argv), cwd=vm.path, output=log, inherit=[memory], user=user
+        )
+        try:
+            async with connected(socket_path, timeout_s=START_S, gone=lambda: process.poll() is not None) as monitor:
+                yield monitor
+                with contextlib.suppress(QMPLost, TimedOut):
+                    await monitor.execute("quit")
+            await _ended(process)
+        except (QMPLost, QMPRefused, TimedOut) as error:
+            raise PolyvisorError(f"the QEMU that receives the memory failed: {_said(log) or error.message}") from error
+        finally:
+            process.kill()
+            process.wait()
+            socket_path.unlink(missing_ok=True)
+
+
+async def _copy(source: Monitor, second: Monitor, progress: Progress, at_pause: AtPause | None, *, runs: bool) -> float:
+    """Send the guest from one QEMU to the other and let it go on where it `runs`; returns how many seconds it stood still."""
+    with source.events("STOP", "RESUME") as events:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            await second.execute_with(theirs.fileno(), "getfd", fdname=_NAME)
+            await second.execute("migrate-incoming", uri=f"fd:{_NAME}")
+            await source.execute_with(ours.fileno(), "getfd", fdname=_NAME)
+        try:
+            await source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+            await _set_capability(source, "pause-before-switchover", at_pause is not None)
+            await source.execute("migrate", uri=f"fd:{_NAME}")
+            if at_pause is not None:
+                await _sent(source, progress, until="pre-switchover")
+                await at_pause()
+                await source.execute("migrate-continue", state="pre-switchover")
+            await _sent(source, progress)
+        finally:
+            await _let_go(source, runs=runs)
+        times = {event["event"]: _seconds(event["timestamp"]) for event in events()}
+    await _settled(second)
+    return times["RESUME"] - times["STOP"] if runs else 0.0
+
+
+async def _sent(source: Monitor, progress: Progress, until: str = "completed") -> None:
+    """Wait until the source has sent everything; the longer that takes, the longer its guest may stand still for it."""
+    began, patient = time.monotonic(), list(DOWNTIMES)
+    while (state := (status := await source.execute("query-migrate")).get("status")) in UNDER_WAY and state != until:
+        if patient and time.monotonic() - began >= patient[0][0]:
+            await source.execute("migrate-set-parameters", **{"downtime-limit": patient.pop(0)[1]})
+        if ram := status.get("ram"):
+            progress(Step("copying memory", ram["total"] - ram["remaining"], ram["total"], "B"))
+        await pause(_POLL_S)
+    if state != until:
+        _require_completed(status)
+
+
+async def _let_go(source: Monitor, *, runs: bool) -> None:
+    """Let the guest go on as before, whatever became of the copy."""
+    with contextlib.suppress(QMPLost):  # it has ended, as whoever waits for it will find
+        await end_migration(source)
+        if runs:
+            await source.execute("cont")
+        await _set_capability(source, "pause-before-switchover", False)
+
+
+async def _settled(second: Monitor) -> None:
+    while (status := await second.execute("query-migrate")).get("status") in (None, *UNDER_WAY):
+        await pause(_POLL_S)
+    _require_completed(status)
+
+
+async def _write_devices(second: Monitor, state: int) -> None:
+    """Have the state of the devices written to the open file `state`."""
+    await _set_capability(second, IGNORE_SHARED, True)
+    async with handed_over(second, state) as uri:
+        await second.execute("migrate", uri=uri)
+        await _settled(second)
+
+
+async def _set_capability(monitor: Monitor, name: str, state: bool) -> None:
+    await monitor.execute("migrate-set-capabilities", capabilities=[{"capability": name, "state": state}])
+
+
+async def _disk_sizes(monitor: Monitor) -> dict[str, int]:
+    """The sizes of the nodes that guests see, in bytes."""
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
+    return {node["node-name"]: node["image"]["virtual-size"] for node in nodes}
+
+
+def _require_completed(status: dict[str, Any]) -> None:
+    if status.get("status") != "completed":
+        said = status.get("error-desc") or f"it ended as '{status.get('status')}'"
+        raise PolyvisorError(f"QEMU could not copy its memory: {said}")
+
+
+def _seconds(timestamp: dict[str, int]) -> float:
+    return timestamp["seconds"] + timestamp["microseconds"] / 1e6
+
+
+async def _ended(process: Program) -> None:
+    deadline = time.monotonic() + END_S
+    while process.poll() is None and time.monotonic() < deadline:
+        await pause(_POLL_S)
+
+
+def _said(log: IO[bytes]) -> str:
+    """The last line in `log`."""
+    log.seek(0)
+    lines = log.read(64 << 10).decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _kept(stack: contextlib.ExitStack, fd: int) -> int:
+    """`fd`, closed where the block fails."""
+    stack.callback(os.close, fd)
+    return fd

@@ -1,0 +1,285 @@
+"""`fork`: VMs that begin as copies of one that runs, memory and all; what they don't write they share.
+
+The source is copied once, with its disks at the same moment, and goes on (`Driver.template`). Then each fork is made as any VM
+is, in a directory of its own, and its process started; when all have the memory they are let go. Until a fork has it, the
+file `unborn` lies in its directory: what a command leaves that was killed can't be started, only removed, and the same command
+does that. Where one fork fails none remains. See docs/design/fork.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from polyvisor.drivers.base import Fork, Template
+from polyvisor.drivers.qemu.agent import has_agent_port
+from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
+from polyvisor.files import storage_errors
+from polyvisor.host import disks, identity, prepare
+from polyvisor.host.keys import KNOWN_HOSTS, SSH, give_host_key, read_host_key
+from polyvisor.host.plan import SEED_DISK, UEFI_VARIABLES, boot_nics
+from polyvisor.host.record import Launch, Record, boot_id, new_id
+from polyvisor.host.store import FORKING, UNBORN, VMDirectory
+from polyvisor.images.image import Image, Seed
+from polyvisor.network.ports import with_free_ports
+from polyvisor.operation import Progress, Step
+from polyvisor.spec.forward import parse_forward
+from polyvisor.spec.vm import Mode, Nic, VMSpec
+from polyvisor.status import Forked, VMState, VMStatus
+from polyvisor.values import dataclass
+from polyvisor.waiting import event_loop
+
+if TYPE_CHECKING:
+    from polyvisor.host.host import Host
+
+T = TypeVar("T")
+MOST = 1000
+NO_AGENT = "image '{image}' has no agent of Polyvisor's"
+NO_PORT = "it was started by an older Polyvisor, or another hypervisor, without a port for its agent"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What forks are made from: a VM's record and launch record, its directory, and its memory."""
+
+    vm: VMDirectory
+    record: Record
+    launch: Launch
+    template: Template
+    image: Image
+
+    @property
+    def refusal(self) -> str | None:
+        """Why its guest can't be told who it is, or None."""
+        if not self.image.agent:
+            return NO_AGENT.format(image=self.image.name)
+        return None if has_agent_port(self.launch.argv) else NO_PORT
+
+
+async def fork(host: Host, name: str, names: Sequence[str], progress: Progress) -> Forked:
+    """Make the VMs `names` from VM `name`, which runs or is paused, as they are to be. See `HostApi.fork`."""
+    await event_loop()
+    check_names(names)
+    async with AsyncExitStack() as held:
+        vm = await held.enter_async_context(host.store.locked(name, "fork"))
+        await _require_forkable(host, vm)
+        runs = (await host.drivers.of(vm).inspect(vm)).state is VMState.RUNNING or vm.is_forking()
+        places = [await held.enter_async_context(host.store.locked(each, "fork")) for each in sorted(names)]
+        for place in places:
+            make_room(host, place)
+        began = time.monotonic()
+        source = await take(host, vm, progress, runs=runs)
+        held.callback(os.close, source.template.memory)
+        held.callback(os.close, source.template.state)
+        copied = time.monotonic()
+        statuses = await begin(host, source, names, progress, go=runs)
+        return Forked(
+            forks=tuple(statuses),
+            pause_s=source.template.pause_s,
+            copy_s=copied - began,
+            begin_s=time.monotonic() - copied,
+            same_identity=source.refusal,
+        )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise InvalidInput where forks can't have these names."""
+    from polyvisor.spec.vm import check_name
+
+    if not names:
+        raise InvalidInput("names", "", "no fork is named", hint="name one or more")
+    if len(names) > MOST:
+        raise InvalidInput("count", len(names), "are too many forks at once", hint=f"use 1 to {MOST}")
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise InvalidInput("names", name, "stands twice", hint="name each fork once")
+
+
+async def _require_forkable(host: Host, vm: VMDirectory) -> None:
+    if not vm.path.is_dir():
+        host.store.get(vm.name)  # raises
+    if reason := (await host._capabilities_of(vm)).missing.get("fork"):
+        raise Unsupported(f"VM '{vm.name}' can't be forked: {reason}")
+    await host._require_whole(vm, "be forked")
+    state = (await host.drivers.of(vm).inspect(vm)).state
+    if state not in (VMState.RUNNING, VMState.PAUSED):
+        raise WrongState(f"VM '{vm.name}' is {state}: it can't be forked", hint=f"polyvisor kill {vm.name}")
+
+
+def make_room(host: Host, place: VMDirectory) -> None:
+    """Remove what a fork was to become that was cut off; raises AlreadyExists for any other VM of that name."""
+    if not place.path.is_dir():
+        return
+    if not place.is_unborn():
+        hint = f"choose another name, or: polyvisor rm {place.name}"
+        raise AlreadyExists(f"there is a VM '{place.name}' already", hint=hint)
+
+
+async def take(host: Host, vm: VMDirectory, progress: Progress, *, runs: bool) -> Source:
+    """Copy the memory of a VM and freeze its disks, at one moment; it goes on afterwards where it `runs`.
+
+    Its lock is held. The files of the template are the caller's to close.
+    """
+    progress(Step("copying memory"))
+    note = vm.path / FORKING
+    host._let_run(vm)
+    if runs:
+        note.touch(mode=0o600)
+
+    async def at_pause() -> None:
+        await disks.freeze(host, vm)
+
+    record = disks.vm_record(vm)
+    has_disks = bool(disks.disks_of(host, record))
+    try:
+        template = await host.drivers.of(vm).template(
+            vm, record.user, progress, runs=runs, at_pause=at_pause if has_disks else None
+        )
+    except PolyvisorError as error:
+        error.about(f"VM '{vm.name}' was not forked")
+        raise
+    note.unlink(missing_ok=True)
+    record, launch = disks.vm_record(vm), vm.launch()
+    assert launch is not None  # noqa: S101 - it is alive
+    return Source(
+        vm=vm, record=record, launch=launch, template=template, image=host.images.store.by_id(record.image_id)
+    )
+
+
+async def begin(host: Host, source: Source, names: Sequence[str], progress: Progress, *, go: bool) -> list[VMStatus]:
+    """Make a fork of each of these names, whose locks are held, and, with `go`, let them go once all have the memory."""
+    done = 0
+
+    async def one(name: str) -> VMDirectory:
+        nonlocal done
+        async with turns:
+            fork = await make(host, source, name, undo)
+            await start(host, source, fork, go=go and len(names) == 1)
+        done += 1
+        progress(Step("forking", done, len(names), ""))
+        return fork
+
+    turns = asyncio.Semaphore((os.cpu_count() or 1) + 1)
+    async with AsyncExitStack() as undo:
+        forks = await _together([one(name) for name in names])
+        if go and len(names) > 1:
+            for fork in forks:
+                await host.drivers.of(fork).resume(fork)
+        undo.pop_all()
+    return [await host._status(fork) for fork in forks]
+
+
+async def make(host: Host, source: Source, name: str, undo: AsyncExitStack) -> VMDirectory:
+    """Make the directory of the fork `name`, whose lock is held, with disks above those of the source."""
+    record = Record(
+        id=new_id(),
+        created_at=time.time(),
+        spec=forked_spec(source.record.spec, name),
+        image_id=source.record.image_id,
+        memory_mib=source.record.memory_mib,
+        user=prepare.new_user(host.home),
+        layers=source.record.layers,
+    )
+    host.store.remove(name)  # what is left of one that was cut off
+    with host.store.creating(name) as fork:
+        (fork.path / UNBORN).touch(mode=0o600)
+        layers = [host.layers.get(layer) if layer else None for layer in record.layers]
+        await disks.make_overlays(host, fork.path, record, layers)
+        await _give_keys(host, source, fork, record)
+        _copy_files(source, fork)
+        prepare.finish(fork, record)
+    undo.push_async_callback(host._discard, host.store.directory(name))
+    fork = host.store.directory(name)
+    mode = Mode(source.launch.mode)
+    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode)
+    return fork
+
+
+def forked_spec(spec: VMSpec, name: str) -> VMSpec:
+    """The spec of a fork: addresses and ports of the host are its own."""
+    return replace(spec, name=name, nics=tuple(_forked_nic(nic) for nic in spec.nics))
+
+
+def _forked_nic(nic: Nic) -> Nic:
+    asked = [parse_forward(text) for text in nic.forwards]
+    return replace(nic, mac=None, forwards=tuple(str(replace(forward, host_port=0)) for forward in asked))
+
+
+async def _give_keys(host: Host, source: Source, fork: VMDirectory, record: Record) -> None:
+    """A host key of the fork's own, where its guest can be given it; otherwise the source's, which it goes on showing."""
+    known = fork.path / KNOWN_HOSTS
+    if source.image.seed is Seed.NONE or source.refusal:
+        shutil.copytree(source.vm.path / SSH, fork.path / SSH)
+        with storage_errors("copying the host key"):
+            known.write_text(
+                known.read_text().replace(source.record.spec.name, record.spec.name) if known.exists() else ""
+            )
+        return
+    await give_host_key(fork.path, host.home.keys)
+    known.write_text(f"{record.spec.name} {read_host_key(fork.path).public}\n")
+
+
+def _copy_files(source: Source, fork: VMDirectory) -> None:
+    """The files beside disks that its process opens: the seed, from which the guest may be reading, and UEFI variables."""
+    with storage_errors(f"copying what VM '{source.vm.name}' boots with"):
+        for place in (SEED_DISK, UEFI_VARIABLES):
+            if (source.vm.path / place).exists():
+                shutil.copyfile(source.vm.path / place, fork.path / place)
+                (fork.path / place).chmod(0o600)
+
+
+async def start(host: Host, source: Source, fork: VMDirectory, *, go: bool) -> None:
+    """Start the process of a fork, and let it have the memory; with `go` it runs."""
+    driver, record = host.drivers.of(source.vm), fork.record
+
+    async def launch() -> None:
+        nics = boot_nics(record, None, str(host.home.path))
+        wanted = Fork(name=fork.name, id=record.id, nics=nics, disks=disks.disks_of(host, record))
+        command = await driver.fork_command(source.launch, source.template, wanted)
+        fork.write_launch(
+            replace(
+                source.launch,
+                started_at=time.time(),
+                boot_id=boot_id(),
+                reason=f"forked from {source.vm.name}: {source.launch.reason}",
+                version=command.version,
+                argv=command.argv,
+                forwards=tuple(forward for nic in nics for forward in nic.forwards),
+            )
+        )
+        await driver.fork(fork, command, record.user, source.template, _told(source, record, fork), _born(fork), go=go)
+
+    await with_free_ports(launch)
+
+
+def _told(source: Source, record: Record, fork: VMDirectory) -> bytes:
+    if source.refusal:
+        return b""
+    key = read_host_key(fork.path) if source.image.seed is not Seed.NONE else None
+    identity.expect(fork.path, record.id)
+    return identity.message(record, source.record, key, time.time())
+
+
+def _born(fork: VMDirectory) -> Callable[[], None]:
+    """Note that the fork has all of its memory: from now on it is a VM like any other."""
+    return lambda: (fork.path / UNBORN).unlink(missing_ok=True)
+
+
+async def _together(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
+    """What each of them returns; where one fails the others are given up, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as failed:
+        first: BaseException = failed
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from failed
+    return [task.result() for task in tasks]

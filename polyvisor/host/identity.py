@@ -1,0 +1,100 @@
+"""Telling the guest of a fork, which believes to be another VM, who it is: name, keys, random numbers, time.
+
+One line on the guest's second serial port, for the agent that images of ours have (images/data/tiny/agent, and debian's). It
+answers when it is done. Until then the file `renewing` in the VM's directory says that the answer is awaited:
+
+    polyvisor-identity 1 id=UUID name=NAME time=SECONDS seed=HEX macs=OLD/NEW,… dropbear=BASE64 openssh=BASE64
+    polyvisor-renewed UUID
+
+`seed` is for the kernel's random numbers; `dropbear` and `openssh` are the new host key in the formats of the two servers; `macs`
+are the addresses that cards on shared networks change from and to.
+"""
+
+from __future__ import annotations
+
+import binascii
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyvisor.drivers.qemu.agent import heard
+from polyvisor.errors import TimedOut, WrongState
+from polyvisor.files import storage_errors
+from polyvisor.host.plan import derived_mac
+from polyvisor.host.record import Record
+from polyvisor.host.store import RENEWING, VMDirectory
+from polyvisor.images.hostkey import HostKey
+from polyvisor.operation import Progress, Step
+from polyvisor.waiting import pause
+
+_POLL_S = 0.05
+# What the serial port took in before it got the source's state is lost: at most as much as its FIFO holds.
+_PADDING = b"\n" * 64
+_SEED_BYTES = 32
+
+
+def message(record: Record, source: Record, key: HostKey | None, now: float) -> bytes:
+    """What the guest of the fork `record` is told; it has the memory of `source`."""
+    words = {
+        "id": record.id,
+        "name": record.spec.name,
+        "time": str(int(now)),
+        "seed": os.urandom(_SEED_BYTES).hex(),
+        "macs": ",".join(f"{old}/{new}" for old, new in changed_macs(record, source)) or "-",
+    }
+    if key is not None:
+        words["dropbear"] = binascii.b2a_base64(key.dropbear, newline=False).decode()
+        words["openssh"] = binascii.b2a_base64(key.private.encode(), newline=False).decode()
+    line = " ".join(f"{word}={value}" for word, value in words.items())
+    return _PADDING + f"polyvisor-identity 1 {line}\n".encode()
+
+
+def mac_addresses(record: Record) -> tuple[str, ...]:
+    return tuple(nic.mac or derived_mac(record.id, i) for i, nic in enumerate(record.spec.nics))
+
+
+def changed_macs(record: Record, source: Record) -> Sequence[tuple[str, str]]:
+    """The addresses to change: a user network is the VM's own, with its one guest, and remembers that by its address."""
+    pairs = zip(record.spec.nics, mac_addresses(source), mac_addresses(record), strict=True)
+    return [(old, new) for nic, old, new in pairs if nic.network != "user"]
+
+
+def expect(vm: Path, vm_id: str) -> None:
+    """Note in a VM's directory that its guest has been told, and has not answered so far."""
+    with storage_errors("noting that a guest was told who it is"):
+        (vm / f"{RENEWING}.heard").unlink(missing_ok=True)
+        (vm / RENEWING).write_text(vm_id)
+
+
+def look(vm: VMDirectory) -> bool:
+    """Whether the guest is who it is to be; its answer is taken note of."""
+    place = vm.path / RENEWING
+    try:
+        vm_id = place.read_text()
+    except FileNotFoundError:
+        return True
+    said = vm.path / f"{RENEWING}.heard"
+    with storage_errors(f"listening to the guest of VM '{vm.name}'"):
+        if piece := heard(vm):  # it may come in pieces
+            with said.open("ab") as file:
+                file.write(piece)
+        if not said.exists() or f"polyvisor-renewed {vm_id}".encode() not in said.read_bytes():
+            return False
+        place.unlink(missing_ok=True)
+        said.unlink(missing_ok=True)
+    return True
+
+
+async def until_renewed(vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
+    """Wait until a fork's guest has taken on its own identity; raises TimedOut, WrongState where the VM ends."""
+    began = time.monotonic()
+    while not look(vm):
+        waited = time.monotonic() - began
+        if not vm.alive():
+            raise WrongState(f"VM '{vm.name}' has ended", hint=f"polyvisor logs {vm.name}")
+        if waited > timeout_s:
+            problem = f"the guest of VM '{vm.name}' has not taken on its own name and keys after {timeout_s:.0f} s"
+            raise TimedOut(problem, hint=f"polyvisor resume {vm.name}, if it is paused; polyvisor console {vm.name}")
+        progress(Step("waiting for the fork's own identity", int(waited), int(timeout_s), "s"))
+        await pause(_POLL_S)
