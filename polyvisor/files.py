@@ -35,10 +35,10 @@ def translated(error: OSError, what: str) -> PolyvisorError:
     return PolyvisorError(f"{what}: {error.strerror or error}{where}")
 
 
-def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600) -> None:
+def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600, durable: bool = True) -> None:
     """Write `data` to `path` so that a reader, or a crash, sees the old content or the new, never a part.
 
-    Raises OSError.
+    Who writes many files makes them durable later, all at once. Raises OSError.
     """
     data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -47,12 +47,14 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600) -> None:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def write_new(path: Path, data: str) -> None:

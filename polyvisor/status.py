@@ -108,8 +108,8 @@ class Forked:
     """What came of a `fork`: the forks, in the order of their names.
 
     `pause_s` is how long the source stood still, `copy_s` how long it took to copy it, `begin_s` from then until all
-    forks ran; in seconds. `same_identity` says why the guests could not be told who they are, and so still have the name, keys and random
-    numbers of the source; None where they were told.
+    forks ran; in seconds. `same_identity` says why the guests could not be told who they are, and so still have the name, keys
+    and random numbers of the source; None where they were told.
     """
 
     forks: tuple[VMStatus, ...]

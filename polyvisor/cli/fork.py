@@ -78,8 +78,7 @@ def told(name: str, forked: Forked) -> Iterator[str]:
     """What a person is told of forks."""
     for status in forked.forks:
         yield describe(status)
-    number = len(forked.forks)
-    yield (
-        f"{number} fork{'s' if number > 1 else ''} of {name}: copied in {forked.copy_s * 1000:.0f} ms, of which it stood still for "
-        f"{forked.pause_s * 1000:.0f} ms; begun in {forked.begin_s * 1000:.0f} ms ({forked.begin_s / number * 1000:.0f} ms each)"
-    )
+    number, ms = len(forked.forks), 1000
+    copied = f"copied in {forked.copy_s * ms:.0f} ms, in which it stood still for {forked.pause_s * ms:.0f} ms"
+    begun = f"begun in {forked.begin_s * ms:.0f} ms, {forked.begin_s / number * ms:.0f} ms each"
+    yield f"{number} fork{'s' if number > 1 else ''} of {name}: {copied}; {begun}"

@@ -112,8 +112,8 @@ class Fork:
 class Template:
     """A guest's memory and devices at one moment, from which any number of forks begin.
 
-    `memory` and `state` are open files, neither of which ever changes again; they are closed by whoever was given the template. `machine`
-    and `vcpus` are as `Driver.save` and `Usage` give them. `pause_s` is how long the guest stood still for it, in seconds.
+    `memory` and `state` are open files, neither of which ever changes again; whoever was given the template closes them.
+    `machine` and `vcpus` are as `Driver.save` and `Usage` give them. `pause_s` is how long the guest stood still for it, in seconds.
     """
 
     memory: int

@@ -140,8 +140,8 @@ class HostApi(Protocol):
         """Make the VMs `names` as copies of a VM that runs, memory and all, which go on from where it is; it goes on itself.
 
         They share what they don't write. Each has an id, addresses, ports, disks and keys of its own, and its guest is told of
-        them where it can be. Forks of a paused VM are paused. Where one fails none is left. Raises WrongState for a VM that is not alive,
-        AlreadyExists, Unsupported.
+        them where it can be. Forks of a paused VM are paused. Where one fails none is left. Raises WrongState for a VM that is
+        not alive, AlreadyExists, Unsupported.
         """
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, TypeVar
 from polyvisor.drivers.base import Fork, Template
 from polyvisor.drivers.qemu.agent import has_agent_port
 from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
-from polyvisor.files import storage_errors
+from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host import disks, identity, prepare
 from polyvisor.host.keys import KNOWN_HOSTS, SSH, give_host_key, read_host_key
-from polyvisor.host.plan import SEED_DISK, UEFI_VARIABLES, boot_nics
+from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, boot_nics
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import FORKING, UNBORN, VMDirectory
 from polyvisor.images.image import Image, Seed
@@ -172,6 +172,7 @@ async def begin(host: Host, source: Source, names: Sequence[str], progress: Prog
         if go and len(names) > 1:
             for fork in forks:
                 await host.drivers.of(fork).resume(fork)
+        await asyncio.to_thread(_make_durable, host, forks)
         undo.pop_all()
     return [await host._status(fork) for fork in forks]
 
@@ -188,7 +189,7 @@ async def make(host: Host, source: Source, name: str, undo: AsyncExitStack) -> V
         layers=source.record.layers,
     )
     host.store.remove(name)  # what is left of one that was cut off
-    with host.store.creating(name) as fork:
+    with host.store.creating(name, durable=False) as fork:
         (fork.path / UNBORN).touch(mode=0o600)
         layers = [host.layers.get(layer) if layer else None for layer in record.layers]
         await disks.make_overlays(host, fork.path, record, layers)
@@ -252,7 +253,8 @@ async def start(host: Host, source: Source, fork: VMDirectory, *, go: bool) -> N
                 version=command.version,
                 argv=command.argv,
                 forwards=tuple(forward for nic in nics for forward in nic.forwards),
-            )
+            ),
+            durable=False,
         )
         await driver.fork(fork, command, record.user, source.template, _told(source, record, fork), _born(fork), go=go)
 
@@ -270,6 +272,21 @@ def _told(source: Source, record: Record, fork: VMDirectory) -> bytes:
 def _born(fork: VMDirectory) -> Callable[[], None]:
     """Note that the fork has all of its memory: from now on it is a VM like any other."""
     return lambda: (fork.path / UNBORN).unlink(missing_ok=True)
+
+
+def _make_durable(host: Host, forks: Sequence[VMDirectory]) -> None:
+    """See to it that the forks are VMs after a power cut too: all at once, since each of them waiting by itself takes seconds.
+
+    What a start makes anew need not be there then.
+    """
+    with storage_errors("writing the forks to the disk"):
+        for fork in forks:
+            files = (path for path in fork.path.rglob("*") if path.name != SEEDED_INITRD.name and path.is_file())
+            sync_files(*files)
+            for directory in (fork.path, fork.disks):
+                sync_directory(directory)
+        sync_files(*(path for path in [host.home.next_user] if path.exists()))
+        sync_directory(host.home.vms)
 
 
 async def _together(work: Sequence[Coroutine[None, None, T]]) -> list[T]:

@@ -6,8 +6,8 @@ answers when it is done. Until then the file `renewing` in the VM's directory sa
     polyvisor-identity 1 id=UUID name=NAME time=SECONDS seed=HEX macs=OLD/NEW,… dropbear=BASE64 openssh=BASE64
     polyvisor-renewed UUID
 
-`seed` is for the kernel's random numbers; `dropbear` and `openssh` are the new host key in the formats of the two servers; `macs`
-are the addresses that cards on shared networks change from and to.
+`seed` is for the kernel's random numbers; `dropbear` and `openssh` are the new host key in the formats of the two servers;
+`macs` are the addresses that cards on shared networks change from and to.
 """
 
 from __future__ import annotations

@@ -106,9 +106,9 @@ class VMDirectory:
         with storage_errors("writing the VM's record"):
             write_atomic(self.path / "vm.json", record_to_json(record))
 
-    def write_launch(self, launch: Launch) -> None:
+    def write_launch(self, launch: Launch, *, durable: bool = True) -> None:
         with storage_errors("writing the VM's launch record"):
-            write_atomic(self.path / "launch.json", launch_to_json(launch))
+            write_atomic(self.path / "launch.json", launch_to_json(launch), durable=durable)
 
     def alive(self) -> bool:
         """Whether the VM's hypervisor process lives.
@@ -212,10 +212,10 @@ class VMStore:
             os.close(fd)
 
     @contextlib.contextmanager
-    def creating(self, name: str) -> Iterator[VMDirectory]:
+    def creating(self, name: str, *, durable: bool = True) -> Iterator[VMDirectory]:
         """Make VM `name` (whose lock the caller holds): the directory that the block fills appears whole or not at all.
 
-        Raises AlreadyExists.
+        That is so after a power cut too, unless the caller makes it `durable` later. Raises AlreadyExists.
         """
         final = self.directory(name)
         if final.path.exists():
@@ -228,9 +228,11 @@ class VMStore:
                 for directory in (staging.path, staging.disks, staging.run):
                     directory.mkdir(mode=0o700)
                 yield staging
-                sync_files(staging.path, *(path for path in [self.home.next_user] if path.exists()))
+                if durable:
+                    sync_files(staging.path, *(path for path in [self.home.next_user] if path.exists()))
                 staging.path.rename(final.path)
-                sync_directory(self.home.vms)
+                if durable:
+                    sync_directory(self.home.vms)
         except BaseException:
             shutil.rmtree(staging.path, ignore_errors=True)
             raise

@@ -1,4 +1,4 @@
-"""The port by which host and guest tell each other a few words: two named pipes in the VM's directory, a serial port in the guest."""
+"""The port by which host and guest tell each other a few words: two named pipes here, a serial port in the guest."""
 
 from __future__ import annotations
 

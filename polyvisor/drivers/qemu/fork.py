@@ -1,7 +1,7 @@
 """A running guest as a template, and forks that begin from it: memory is shared until it is written.
 
-The guest goes on in its own QEMU, with its connections. A second QEMU, which will never run a vCPU, has a file in memory for its
-RAM; the guest's is copied there by QEMU's own live migration, and the guest let go on as soon as the last page has been
+The guest goes on in its own QEMU, with its connections. A second QEMU, which will never run a vCPU, has a file in memory for
+its RAM; the guest's is copied there by QEMU's own live migration, and the guest let go on as soon as the last page has been
 sent. The second QEMU then writes the state of the devices alone (migration capability `x-ignore-shared`) and ends. From now on
 the file is sealed: nobody can write to it, neither a QEMU that its guest has broken out of, nor one that
 punches holes where the guest's balloon grows. A fork is a QEMU that maps the file privately and reads the devices' state.
@@ -86,7 +86,10 @@ async def take_template(
 
 
 async def begin(monitor: Monitor, template: Template) -> None:
-    """Let a QEMU with the arguments of `incoming.fork_argv` become the fork; its vCPUs stand still. Raises QMPLost, QMPRefused."""
+    """Let a QEMU with the arguments of `incoming.fork_argv` become the fork; its vCPUs stand still.
+
+    Raises QMPLost, QMPRefused.
+    """
     await _set_capability(monitor, IGNORE_SHARED, True)
     # A description of its own, since each has a place of its own in the file.
     own = os.open(f"/proc/self/fd/{template.state}", os.O_RDONLY | os.O_CLOEXEC)
