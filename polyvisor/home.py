@@ -3,6 +3,7 @@
     <home>/vms/<name>/       a VM: its record, launch record, lock, sockets, logs, disks
     <home>/images/           the image store
     <home>/layers/           frozen layers of disks, which snapshots and clones stand on
+    <home>/templates/        memory and devices of VMs, from which others begin
     <home>/keys/             the SSH key pair that Polyvisor logs in to guests with
     <home>/locks/            one lock file per VM name
     <home>/cache/            downloads and probe results; may be deleted at any time
@@ -44,6 +45,10 @@ class Home:
     @property
     def layers(self) -> Path:
         return self.path / "layers"
+
+    @property
+    def templates(self) -> Path:
+        return self.path / "templates"
 
     @property
     def keys(self) -> Path:

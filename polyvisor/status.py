@@ -120,6 +120,23 @@ class Forked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredTemplate:
+    """Memory and devices of a VM as it once was, from which others begin: `source` is the VM's name of then.
+
+    `size_bytes` is what it occupies on the disk; `warm` are the names of the VMs that are ready to begin from it.
+    """
+
+    name: str
+    created_at: float
+    source: str
+    image: str
+    vcpus: int
+    memory_mib: int
+    size_bytes: int
+    warm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accelerator:
     """A way to run guests on this host, and whether it works here; `reason` says why or why not."""
 

@@ -10,7 +10,7 @@ from itertools import count
 from polyvisor.cli.context import Context
 from polyvisor.cli.parser import seconds
 from polyvisor.cli.show import describe
-from polyvisor.errors import InvalidInput
+from polyvisor.errors import InvalidInput, one_line
 from polyvisor.status import Forked
 
 WAIT_S = 120.0
@@ -63,12 +63,7 @@ def _fork(context: Context, options: argparse.Namespace) -> int:
             return 0
         for line in told(options.name, forked):
             context.say(line)
-        if forked.same_identity:
-            print(
-                f"note: the forks keep host name, host keys, machine-id and random numbers of {options.name}: "
-                f"{forked.same_identity}",
-                file=sys.stderr,
-            )
+        say_same_identity(options.name, forked)
         return 0
 
     return context.run(work())
@@ -82,3 +77,10 @@ def told(name: str, forked: Forked) -> Iterator[str]:
     copied = f"copied in {forked.copy_s * ms:.0f} ms, in which it stood still for {forked.pause_s * ms:.0f} ms"
     begun = f"begun in {forked.begin_s * ms:.0f} ms, {forked.begin_s / number * ms:.0f} ms each"
     yield f"{number} fork{'s' if number > 1 else ''} of {name}: {copied}; {begun}"
+
+
+def say_same_identity(name: str, forked: Forked) -> None:
+    """Where guests could not be told who they are, say so, and why."""
+    if forked.same_identity:
+        kept = f"host name, host keys, machine-id and random numbers of {name}"
+        print(one_line(f"note: the guests keep {kept}: {forked.same_identity}"), file=sys.stderr)

@@ -37,6 +37,7 @@ VERBS = {
     "pause": ("lifecycle", "stop the vCPUs of VMs"),
     "resume": ("lifecycle", "let paused VMs go on"),
     "fork": ("fork", "copy a running VM, memory and all, as often as wanted"),
+    "template": ("template", "keep the memory of a running VM, so that others begin from it: create, ls, warm, rm"),
     "save": ("lifecycle", "write the memory of VMs to disk and end them, until they are started"),
     "move": ("move", "carry a stopped VM, with its disks, to another host"),
     "set": ("set", "change vCPUs, memory and CPU shares of a VM, also while it runs"),

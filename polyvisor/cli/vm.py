@@ -17,7 +17,16 @@ from polyvisor.status import VMStatus
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="image to run: tiny, debian-12, … (polyvisor image ls --all)")
+    parser.add_argument(
+        "image", nargs="?", help="image to run: tiny, debian-12, … (polyvisor image ls --all); none with --from"
+    )
+    parser.add_argument(
+        "--from",
+        dest="template",
+        metavar="TEMPLATE",
+        help="begin with the memory of a template (polyvisor template ls)",
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="with --from: make N VMs")
     add_spec_flags(parser)
     wait_flags(parser)
     parser.add_argument("--ssh", action="store_true", help="log in as soon as the guest answers")
@@ -40,6 +49,15 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(context: Context, options: argparse.Namespace) -> int:
+    if options.template is not None:
+        from polyvisor.cli.template import run_from
+
+        return run_from(context, options)
+    if options.image is None:
+        raise InvalidInput("image", "", "is missing", hint="name one, as polyvisor run tiny, or a template with --from")
+    if options.count is not None:
+        raise InvalidInput("count", options.count, "is for VMs that begin from a template", hint="use --from TEMPLATE")
+
     async def work() -> VMStatus:
         status = await _make(context, options, context.host.run)
         await show_command(context, status.name)

@@ -22,7 +22,19 @@ from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, Forked, HostStatus, Pending, Resized, Saved, Setup, Usage, VMStatus
+from polyvisor.status import (
+    Check,
+    Event,
+    Forked,
+    HostStatus,
+    Pending,
+    Resized,
+    Saved,
+    Setup,
+    StoredTemplate,
+    Usage,
+    VMStatus,
+)
 from polyvisor.values import dataclass
 
 if TYPE_CHECKING:  # it is rarely needed, and takes a millisecond
@@ -142,6 +154,31 @@ class HostApi(Protocol):
         They share what they don't write. Each has an id, addresses, ports, disks and keys of its own, and its guest is told of
         them where it can be. Forks of a paused VM are paused. Where one fails none is left. Raises WrongState for a VM that is
         not alive, AlreadyExists, Unsupported.
+        """
+
+    async def template_create(self, name: str, vm: str, progress: Progress = silent) -> StoredTemplate:
+        """Keep memory and devices of a VM that runs, or is paused, as template `name`; the VM goes on. Raises as `fork`."""
+
+    async def template_list(self) -> list[StoredTemplate]:
+        """The templates, by name."""
+
+    async def template_remove(self, name: str) -> None:
+        """Delete a template, and the VMs that are ready to begin from it; those that have begun go on."""
+
+    async def template_warm(
+        self, name: str, number: int = 0, names: Sequence[str] = (), progress: Progress = silent
+    ) -> StoredTemplate:
+        """See to it that `number` VMs, or those `names` as well, are ready to begin from a template, in some milliseconds.
+
+        Each has its name by then, and memory for its process; those beyond `number` are ended. Raises AlreadyExists.
+        """
+
+    async def run_from(
+        self, template: str, names: Sequence[str] = (), number: int = 1, progress: Progress = silent
+    ) -> Forked:
+        """Make VMs that begin with the memory of a template: `names`, or `number` of them under names of Polyvisor's choice.
+
+        Of these those come first that are ready. Each is a VM of its own, as a fork is. Raises NotFound, AlreadyExists.
         """
 
     async def stop(self, name: str, *, timeout_s: float = STOP_TIMEOUT_S, progress: Progress = silent) -> VMStatus:

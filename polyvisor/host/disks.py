@@ -149,6 +149,7 @@ def _take_back(host: Host, vm: VMDirectory, old: Record) -> None:
 
 def standing(host: Host) -> set[str]:
     """The layers on which VMs and their snapshots stand; raises PolyvisorError where a record can't be read."""
+    from polyvisor.host import templates
     from polyvisor.host.snapshots import layers_of
 
     found: set[str] = set()
@@ -156,6 +157,8 @@ def standing(host: Host) -> set[str]:
         vm = host.store.directory(name)
         with contextlib.suppress(NotFound):  # it was removed just now
             found |= {layer for layer in vm.record.layers if layer} | layers_of(vm)
+    for template in templates.records(host):
+        found |= {layer for layer in template.record.layers if layer}
     return found
 
 

@@ -25,7 +25,7 @@ from polyvisor.host import disks, identity, prepare
 from polyvisor.host.keys import KNOWN_HOSTS, SSH, give_host_key, read_host_key
 from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, boot_nics
 from polyvisor.host.record import Launch, Record, boot_id, new_id
-from polyvisor.host.store import FORKING, UNBORN, VMDirectory
+from polyvisor.host.store import FORKING, UNBORN, WARM, VMDirectory
 from polyvisor.images.image import Image, Seed
 from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
@@ -46,20 +46,28 @@ NO_PORT = "it was started by an older Polyvisor, or another hypervisor, without 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What forks are made from: a VM's record and launch record, its directory, and its memory."""
+    """What forks are made from: a VM's record and launch record, its directory, and its memory.
+
+    `id` is that of the stored template, where it is one.
+    """
 
     vm: VMDirectory
     record: Record
     launch: Launch
     template: Template
     image: Image
+    id: str | None = None
 
     @property
     def refusal(self) -> str | None:
-        """Why its guest can't be told who it is, or None."""
-        if not self.image.agent:
-            return NO_AGENT.format(image=self.image.name)
-        return None if has_agent_port(self.launch.argv) else NO_PORT
+        return refusal(self.image, self.launch)
+
+
+def refusal(image: Image, launch: Launch | None) -> str | None:
+    """Why a guest that was started so can't be told who it is, or None."""
+    if not image.agent:
+        return NO_AGENT.format(image=image.name)
+    return None if launch and has_agent_port(launch.argv) else NO_PORT
 
 
 async def fork(host: Host, name: str, names: Sequence[str], progress: Progress) -> Forked:
@@ -68,11 +76,10 @@ async def fork(host: Host, name: str, names: Sequence[str], progress: Progress) 
     check_names(names)
     async with AsyncExitStack() as held:
         vm = await held.enter_async_context(host.store.locked(name, "fork"))
-        await _require_forkable(host, vm)
-        runs = (await host.drivers.of(vm).inspect(vm)).state is VMState.RUNNING or vm.is_forking()
+        runs = await require_forkable(host, vm)
         places = [await held.enter_async_context(host.store.locked(each, "fork")) for each in sorted(names)]
         for place in places:
-            make_room(host, place)
+            make_room(place)
         began = time.monotonic()
         source = await take(host, vm, progress, runs=runs)
         held.callback(os.close, source.template.memory)
@@ -102,7 +109,8 @@ def check_names(names: Sequence[str]) -> None:
             raise InvalidInput("names", name, "stands twice", hint="name each fork once")
 
 
-async def _require_forkable(host: Host, vm: VMDirectory) -> None:
+async def require_forkable(host: Host, vm: VMDirectory) -> bool:
+    """Whether a VM that can be forked is to go on running afterwards; raises NotFound, Unsupported, WrongState."""
     if not vm.path.is_dir():
         host.store.get(vm.name)  # raises
     if reason := (await host._capabilities_of(vm)).missing.get("fork"):
@@ -111,10 +119,11 @@ async def _require_forkable(host: Host, vm: VMDirectory) -> None:
     state = (await host.drivers.of(vm).inspect(vm)).state
     if state not in (VMState.RUNNING, VMState.PAUSED):
         raise WrongState(f"VM '{vm.name}' is {state}: it can't be forked", hint=f"polyvisor kill {vm.name}")
+    return state is VMState.RUNNING or vm.is_forking()
 
 
-def make_room(host: Host, place: VMDirectory) -> None:
-    """Remove what a fork was to become that was cut off; raises AlreadyExists for any other VM of that name."""
+def make_room(place: VMDirectory) -> None:
+    """Raise AlreadyExists for a VM that has the name of a fork, unless it was to be one, and that was cut off."""
     if not place.path.is_dir():
         return
     if not place.is_unborn():
@@ -155,13 +164,20 @@ async def take(host: Host, vm: VMDirectory, progress: Progress, *, runs: bool) -
 
 async def begin(host: Host, source: Source, names: Sequence[str], progress: Progress, *, go: bool) -> list[VMStatus]:
     """Make a fork of each of these names, whose locks are held, and, with `go`, let them go once all have the memory."""
+    return [await host._status(fork) for fork in await begun(host, source, names, progress, go=go)]
+
+
+async def begun(
+    host: Host, source: Source, names: Sequence[str], progress: Progress, *, go: bool, warm: bool = False
+) -> list[VMDirectory]:
+    """The directories of such forks."""
     done = 0
 
     async def one(name: str) -> VMDirectory:
         nonlocal done
         async with turns:
-            fork = await make(host, source, name, undo)
-            await start(host, source, fork, go=go and len(names) == 1)
+            fork = await make(host, source, name, undo, warm=warm)
+            await start(host, source, fork, go=go and len(names) == 1, warm=warm)
         done += 1
         progress(Step("forking", done, len(names), ""))
         return fork
@@ -171,13 +187,13 @@ async def begin(host: Host, source: Source, names: Sequence[str], progress: Prog
         forks = await _together([one(name) for name in names])
         if go and len(names) > 1:
             for fork in forks:
-                await host.drivers.of(fork).resume(fork)
+                await host.drivers.qemu.resume(fork)
         await asyncio.to_thread(_make_durable, host, forks)
         undo.pop_all()
-    return [await host._status(fork) for fork in forks]
+    return forks
 
 
-async def make(host: Host, source: Source, name: str, undo: AsyncExitStack) -> VMDirectory:
+async def make(host: Host, source: Source, name: str, undo: AsyncExitStack, *, warm: bool = False) -> VMDirectory:
     """Make the directory of the fork `name`, whose lock is held, with disks above those of the source."""
     record = Record(
         id=new_id(),
@@ -188,19 +204,29 @@ async def make(host: Host, source: Source, name: str, undo: AsyncExitStack) -> V
         user=prepare.new_user(host.home),
         layers=source.record.layers,
     )
-    host.store.remove(name)  # what is left of one that was cut off
-    with host.store.creating(name, durable=False) as fork:
-        (fork.path / UNBORN).touch(mode=0o600)
+    fork = host.store.warm(name) if warm else host.store.directory(name)
+    await discard(host, fork)  # what is left of one that was cut off
+    with host.store.creating(name, durable=False, warm=warm) as staging:
+        (staging.path / UNBORN).touch(mode=0o600)
         layers = [host.layers.get(layer) if layer else None for layer in record.layers]
-        await disks.make_overlays(host, fork.path, record, layers)
-        await _give_keys(host, source, fork, record)
-        _copy_files(source, fork)
-        prepare.finish(fork, record)
-    undo.push_async_callback(host._discard, host.store.directory(name))
-    fork = host.store.directory(name)
+        await disks.make_overlays(host, staging.path, record, layers)
+        await _give_keys(host, source, staging, record)
+        _copy_files(source, staging)
+        prepare.finish(staging, record)
+    undo.push_async_callback(discard, host, fork)
     mode = Mode(source.launch.mode)
     await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode)
     return fork
+
+
+async def discard(host: Host, fork: VMDirectory) -> None:
+    """Remove a fork, whose process may run by now."""
+    if not fork.path.is_dir():
+        return
+    await host.drivers.qemu.kill(fork)
+    with storage_errors(f"removing {fork.path}"):
+        fork.path.rename(gone := fork.path.with_name(f".gone-{fork.name.removeprefix(WARM)}"))
+        shutil.rmtree(gone)
 
 
 def forked_spec(spec: VMSpec, name: str) -> VMSpec:
@@ -236,13 +262,14 @@ def _copy_files(source: Source, fork: VMDirectory) -> None:
                 (fork.path / place).chmod(0o600)
 
 
-async def start(host: Host, source: Source, fork: VMDirectory, *, go: bool) -> None:
-    """Start the process of a fork, and let it have the memory; with `go` it runs."""
-    driver, record = host.drivers.of(source.vm), fork.record
+async def start(host: Host, source: Source, fork: VMDirectory, *, go: bool, warm: bool = False) -> None:
+    """Start the process of a fork, and let it have the memory; with `go` it runs. A `warm` one is not a VM so far."""
+    driver, record = host.drivers.qemu, fork.record
+    told, born = (b"", _nothing) if warm else (_told(source, fork), _born(fork))
 
     async def launch() -> None:
         nics = boot_nics(record, None, str(host.home.path))
-        wanted = Fork(name=fork.name, id=record.id, nics=nics, disks=disks.disks_of(host, record))
+        wanted = Fork(name=record.spec.name, id=record.id, nics=nics, disks=disks.disks_of(host, record))
         command = await driver.fork_command(source.launch, source.template, wanted)
         fork.write_launch(
             replace(
@@ -253,20 +280,23 @@ async def start(host: Host, source: Source, fork: VMDirectory, *, go: bool) -> N
                 version=command.version,
                 argv=command.argv,
                 forwards=tuple(forward for nic in nics for forward in nic.forwards),
+                template=source.id,
             ),
             durable=False,
         )
-        await driver.fork(fork, command, record.user, source.template, _told(source, record, fork), _born(fork), go=go)
+        await driver.fork(fork, command, record.user, source.template, told, born, go=go)
 
     await with_free_ports(launch)
 
 
-def _told(source: Source, record: Record, fork: VMDirectory) -> bytes:
+def _nothing() -> None:
+    """A fork that is warm is not born before it is taken."""
+
+
+def _told(source: Source, fork: VMDirectory) -> bytes:
     if source.refusal:
         return b""
-    key = read_host_key(fork.path) if source.image.seed is not Seed.NONE else None
-    identity.expect(fork.path, record.id)
-    return identity.message(record, source.record, key, time.time())
+    return identity.to_be_told(fork, source.record, source.image)
 
 
 def _born(fork: VMDirectory) -> Callable[[], None]:

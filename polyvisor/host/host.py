@@ -20,6 +20,7 @@ from polyvisor.drivers.registry import Drivers
 from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
+from polyvisor.host.forker import Forker
 from polyvisor.host.image_keeper import ImageKeeper
 from polyvisor.host.images import Images
 from polyvisor.host.mover import Mover
@@ -38,7 +39,6 @@ from polyvisor.status import (
     Capabilities,
     Check,
     Event,
-    Forked,
     HostStatus,
     Resized,
     Setup,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 
 
-class Host(Mover, ImageKeeper):
+class Host(Mover, Forker, ImageKeeper):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -217,11 +217,6 @@ class Host(Mover, ImageKeeper):
 
             await settle(vm, self.drivers.of(vm))
         return True
-
-    async def fork(self, name: str, names: Sequence[str], progress: Progress = silent) -> Forked:
-        from polyvisor.host.fork import fork
-
-        return await fork(self, name, names, progress)
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
         from polyvisor.host import saved

@@ -21,10 +21,12 @@ from pathlib import Path
 from polyvisor.drivers.qemu.agent import heard
 from polyvisor.errors import TimedOut, WrongState
 from polyvisor.files import storage_errors
+from polyvisor.host.keys import read_host_key
 from polyvisor.host.plan import derived_mac
 from polyvisor.host.record import Record
 from polyvisor.host.store import RENEWING, VMDirectory
 from polyvisor.images.hostkey import HostKey
+from polyvisor.images.image import Image, Seed
 from polyvisor.operation import Progress, Step
 from polyvisor.waiting import pause
 
@@ -48,6 +50,14 @@ def message(record: Record, source: Record, key: HostKey | None, now: float) -> 
         words["openssh"] = binascii.b2a_base64(key.private.encode(), newline=False).decode()
     line = " ".join(f"{word}={value}" for word, value in words.items())
     return _PADDING + f"polyvisor-identity 1 {line}\n".encode()
+
+
+def to_be_told(vm: VMDirectory, source: Record, image: Image) -> bytes:
+    """What the guest of a fork, whose directory this is, is to be told; from now on its answer is awaited."""
+    record = vm.record
+    key = read_host_key(vm.path) if image.seed is not Seed.NONE else None
+    expect(vm.path, record.id)
+    return message(record, source, key, time.time())
 
 
 def mac_addresses(record: Record) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from polyvisor.errors import NotFound
 from polyvisor.host.api import Obtainable, StoredImage
@@ -14,6 +14,7 @@ from polyvisor.images.image import Image
 from polyvisor.operation import Progress, silent
 
 if TYPE_CHECKING:
+    from polyvisor.host.host import Host
     from polyvisor.images.inspection.findings import Inspection
 
 
@@ -55,10 +56,13 @@ class ImageKeeper:
         self.images.remove(name, self._users_of)
 
     def _users_of(self, image: Image) -> list[str]:
-        """Names of the VMs that stand on `image`."""
+        """Names of the VMs, and templates, that stand on `image`."""
         users = []
         for name in self.store.names():
             with contextlib.suppress(NotFound):  # removed since we looked
                 if self.store.directory(name).record.image_id == image.id:
                     users.append(name)
-        return users
+        from polyvisor.host import templates
+
+        every = templates.records(cast("Host", self))
+        return users + [f"template {each.name}" for each in every if each.record.image_id == image.id]

@@ -52,7 +52,8 @@ class Record:
 class Launch:
     """How a VM was last started. `boot_id` is the host's boot; after another boot the VM can't be running.
 
-    `resources` are what its hypervisor was last told to give it (None where an older Polyvisor has started it).
+    `resources` are what its hypervisor was last told to give it (None where an older Polyvisor has started it); `template` is
+    the id of that whose memory it began with.
     """
 
     started_at: float
@@ -64,6 +65,7 @@ class Launch:
     argv: tuple[str, ...]
     forwards: tuple[Forward, ...] = ()
     resources: Resources | None = None
+    template: str | None = None
 
 
 def resources_of(spec: VMSpec, memory_mib: int) -> Resources:

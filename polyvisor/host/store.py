@@ -12,8 +12,9 @@
     <vms>/<name>/disks/        disks and UEFI variables
     <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
 
-A VM is made in `.new-<name>` and renamed into place; it is renamed to `.gone-<name>` before it is removed. Whoever
-changes a VM holds its lock; the kernel drops the lock of a process that dies, so there are no stale ones.
+A VM is made in `.new-<name>` and renamed into place; it is renamed to `.gone-<name>` before it is removed. What is ready to
+begin from a template lies in `.warm-<name>`. Whoever changes a VM holds its lock; the kernel drops the lock of a process that
+dies, so there are no stale ones.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ SAVED = "saved"
 FORKING = "forking"
 UNBORN = "unborn"
 RENEWING = "renewing"
+WARM = ".warm-"
 LOCK_PATIENCE_S = 30.0
 _POLL_S = 0.02
 
@@ -171,6 +173,16 @@ class VMStore:
     def directory(self, name: str) -> VMDirectory:
         return VMDirectory(self.home.vms / check_name(name))
 
+    def warm(self, name: str) -> VMDirectory:
+        """Where the VM `name` lies that is ready to begin from a template, and no VM yet; see `templates.py`."""
+        return VMDirectory(self.home.vms / f"{WARM}{check_name(name)}")
+
+    def all_warm(self) -> list[VMDirectory]:
+        """All that lie there, by name."""
+        with contextlib.suppress(FileNotFoundError):
+            return [VMDirectory(path) for path in sorted(self.home.vms.glob(f"{WARM}*")) if path.is_dir()]
+        return []
+
     def names(self) -> list[str]:
         try:
             with os.scandir(self.home.vms) as entries:
@@ -212,15 +224,15 @@ class VMStore:
             os.close(fd)
 
     @contextlib.contextmanager
-    def creating(self, name: str, *, durable: bool = True) -> Iterator[VMDirectory]:
+    def creating(self, name: str, *, durable: bool = True, warm: bool = False) -> Iterator[VMDirectory]:
         """Make VM `name` (whose lock the caller holds): the directory that the block fills appears whole or not at all.
 
         That is so after a power cut too, unless the caller makes it `durable` later. Raises AlreadyExists.
         """
-        final = self.directory(name)
+        final = self.warm(name) if warm else self.directory(name)
         if final.path.exists():
             raise AlreadyExists(f"there is a VM '{name}' already", hint=f"choose another name, or: polyvisor rm {name}")
-        staging = VMDirectory(final.path.with_name(f".new-{name}"))
+        staging = VMDirectory(self.home.vms / f".new-{name}")
         with storage_errors(f"creating VM '{name}'"):
             self._sweep(name)
         try:

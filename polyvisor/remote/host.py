@@ -47,7 +47,7 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, Forked, HostStatus, Resized, Setup, VMStatus
+from polyvisor.status import Check, Event, Forked, HostStatus, Resized, Setup, StoredTemplate, VMStatus
 
 T = TypeVar("T")
 
@@ -219,6 +219,25 @@ class RemoteHost:
 
     async def fork(self, name: str, names: Sequence[str], progress: Progress = silent) -> Forked:
         return await self._call(Forked, "fork", progress, name=name, names=list(names))
+
+    async def template_create(self, name: str, vm: str, progress: Progress = silent) -> StoredTemplate:
+        return await self._call(StoredTemplate, "template_create", progress, name=name, vm=vm)
+
+    async def template_list(self) -> list[StoredTemplate]:
+        return await self._call(list[StoredTemplate], "template_list")
+
+    async def template_remove(self, name: str) -> None:
+        await self._call(NoneType, "template_remove", name=name)
+
+    async def template_warm(
+        self, name: str, number: int = 0, names: Sequence[str] = (), progress: Progress = silent
+    ) -> StoredTemplate:
+        return await self._call(StoredTemplate, "template_warm", progress, name=name, number=number, names=list(names))
+
+    async def run_from(
+        self, template: str, names: Sequence[str] = (), number: int = 1, progress: Progress = silent
+    ) -> Forked:
+        return await self._call(Forked, "run_from", progress, template=template, names=list(names), number=number)
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
         return await self._call(VMStatus, "save", progress, name=name)

@@ -46,6 +46,7 @@ LOOKS = (
     "image_show",
     "image_inspect",
     "image_catalogue",
+    "template_list",
 )
 # These do nothing more when they are done again; of the others nobody knows after half of them was done.
 REPEATABLE = (
@@ -66,6 +67,7 @@ REPEATABLE = (
     "move_cancel",
     "arrival_release",
     "arrival_cancel",
+    "template_warm",
 )
 
 # Types of answers that `HostApi` names without having them imported; whoever calls knows how to read an answer.

@@ -80,9 +80,19 @@ async def take_template(
         async with _second(vm, argv, user, memory) as second:
             pause_s = await _copy(monitor, second, progress, at_pause, runs=runs)
             await _write_devices(second, state)
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+        seal(memory)
         kept.pop_all()
     return Template(memory=memory, state=state, machine=machine.type, vcpus=machine.vcpus, pause_s=pause_s)
+
+
+def seal(memory: int) -> None:
+    """Let nobody write to a file in memory any more, not even who has it open for writing. Raises OSError."""
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+
+
+def sealed(memory: int) -> bool:
+    """Whether that was done."""
+    return bool(fcntl.fcntl(memory, fcntl.F_GET_SEALS) & SEALS == SEALS)
 
 
 async def begin(monitor: Monitor, template: Template) -> None:
