@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.cli import bench_cli
+from bench.fork import bench_fork
 from bench.harness import RESULTS, Failed, Report, as_text, call, environment, tell, write_results
 from bench.lab import bench_lab
 from bench.libvirt import Libvirt, libvirt
@@ -21,7 +22,7 @@ from bench.xen import bench_xen
 from polyvisor.drivers.qemu.programs import find_binary
 from polyvisor.home import Home
 
-BENCHES = ("cli", "start", "ls", "remote")
+BENCHES = ("cli", "start", "ls", "remote", "fork")
 LONG = ("lab", "xen")  # these take a quarter of an hour and more: only when asked for
 
 
@@ -39,6 +40,7 @@ def main() -> int:
             "cli": lambda: bench_cli(polyvisor, 2 * options.runs),
             "start": lambda: bench_start(polyvisor, stamps, scratch, peer, options.runs),
             "ls": lambda: bench_listing(polyvisor, scratch, peer, options.runs),
+            "fork": lambda: bench_fork(polyvisor, peer, options.runs),
             "remote": lambda: bench_remote(polyvisor, scratch, options.runs),
             "lab": lambda: bench_lab(polyvisor, options.runs),
             "xen": lambda: bench_xen(polyvisor, Home(scratch / "xen"), options.runs),

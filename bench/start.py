@@ -7,6 +7,7 @@ and becomes QEMU, so that what comes before QEMU can be told from what QEMU and 
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -74,6 +75,8 @@ class Starts:
         run = self.bare_directory / "run"
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(mode=0o700)
+        for end in ("in", "out"):
+            os.mkfifo(run / f"agent.{end}")
         start = time.time()
         process = _popen(self.argv, cwd=self.bare_directory)
         try:
