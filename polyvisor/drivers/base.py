@@ -113,7 +113,8 @@ class Template:
     """A guest's memory and devices at one moment, from which any number of forks begin.
 
     `memory` and `state` are open files, neither of which ever changes again; whoever was given the template closes them.
-    `machine` and `vcpus` are as `Driver.save` and `Usage` give them. `pause_s` is how long the guest stood still for it, in seconds.
+    `machine` and `vcpus` are as `Driver.save` and `Usage` give them. `pause_s` is how long the guest stood still for it, in
+    seconds.
     """
 
     memory: int
