@@ -191,6 +191,17 @@ async def ended(process: Program, *, timeout_s: float) -> int:
     return process.returncode
 
 
+def ending_with_us(argv: Sequence[str]) -> tuple[str, ...]:
+    """The command `argv`, for `spawn_detached`: it is killed when the thread that starts it ends, however that comes.
+
+    It does not begin where this process has been killed before the kernel was told so (prctl(2), PR_SET_PDEATHSIG): then it
+    has another parent. Raises Unavailable.
+    """
+    setpriv = find_program("setpriv", package="util-linux")
+    shell = (find_program("sh", package="dash"), "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()))
+    return (setpriv, "--pdeathsig", "KILL", *shell, *argv)
+
+
 def spawn_detached(
     argv: Sequence[str],
     *,

@@ -34,6 +34,7 @@ _POLL_S = 0.05
 # What the serial port took in before it got the source's state is lost: at most as much as its FIFO holds.
 _PADDING = b"\n" * 64
 _SEED_BYTES = 32
+_KEPT_BYTES = 256  # of what a guest has said; an answer is shorter
 
 
 def message(record: Record, source: Record, key: HostKey | None, now: float) -> bytes:
@@ -86,10 +87,10 @@ def look(vm: VMDirectory) -> bool:
         return True
     said = vm.path / f"{RENEWING}.heard"
     with storage_errors(f"listening to the guest of VM '{vm.name}'"):
-        if piece := heard(vm):  # it may come in pieces
-            with said.open("ab") as file:
-                file.write(piece)
-        if not said.exists() or f"polyvisor-renewed {vm_id}".encode() not in said.read_bytes():
+        answer = said.read_bytes() if said.exists() else b""  # it may come in pieces
+        answer += heard(vm)
+        if f"polyvisor-renewed {vm_id}".encode() not in answer:
+            said.write_bytes(answer[-_KEPT_BYTES:])  # a guest may say anything, for ever
             return False
         place.unlink(missing_ok=True)
         said.unlink(missing_ok=True)

@@ -51,6 +51,7 @@ def add_full(store: ImageStore, directory: Path, name: str = "full") -> Image:
         user="debian",
         memory_mib=768,
         recipe="0123456789ab",
+        agent=True,
     )
     return _add(store, image, {"disk.qcow2": disk.read_bytes(), "vmlinuz": KERNEL, "initrd.img": INITRD})
 

@@ -31,6 +31,7 @@ EXAMPLES = {
     "reboot": "reboot a --force",
     "pause": "pause a",
     "resume": "resume a",
+    "fork": "fork a --count 3 --prefix b- --wait",
     "save": "save a",
     "set": "set a --vcpus 2 --memory 1G --cpu-limit none",
     "move": "move a --to b --name c",

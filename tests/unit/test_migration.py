@@ -57,7 +57,7 @@ async def test_writing(tmp_path: Path) -> None:
     active = {"status": "active", "ram": {"total": 100, "remaining": 40}}
     fake = FakeQemu(qemu({}, {}, active, DONE))
     assert await written(tmp_path, fake) == ("pc-i440fx-7.2", [Step("saving", 60, 100, "B")])
-    assert said(fake) == ["stop", "migrate-set-parameters", "getfd", "migrate"]
+    assert said(fake) == ["stop", "migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate"]
     arguments = {command["execute"]: command.get("arguments") for command in fake.seen}
     assert (arguments["getfd"], arguments["migrate"]) == ({"fdname": "memory"}, {"uri": "fd:memory"})
 
@@ -65,7 +65,14 @@ async def test_writing(tmp_path: Path) -> None:
 async def test_writing_with_a_qemu_that_takes_files_in_sets_alone(tmp_path: Path) -> None:
     fake = FakeQemu(qemu({}, {}, DONE, version=(11, 0)))
     await written(tmp_path, fake)
-    assert said(fake) == ["stop", "migrate-set-parameters", "add-fd", "migrate", "remove-fd"]
+    assert said(fake) == [
+        "stop",
+        "migrate-set-capabilities",
+        "migrate-set-parameters",
+        "add-fd",
+        "migrate",
+        "remove-fd",
+    ]
     [uri] = [command["arguments"]["uri"] for command in fake.seen if command["execute"] == "migrate"]
     assert uri == "file:/dev/fdset/5"
 

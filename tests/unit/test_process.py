@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,48 @@ def test_programs_are_found_as_a_shell_finds_them(tmp_path: Path, monkeypatch: p
     assert which(f"{second}/both") == f"{second}/both"
     assert which(f"{second}/none") is None
     assert which("data") == f"{second}/data"
+
+
+TIED = """
+import os, signal, sys
+from pathlib import Path
+from polyvisor.process import ending_with_us, spawn_detached
+with open(os.devnull, "wb") as out:
+    print(spawn_detached(ending_with_us(["sleep", "1000"]), cwd=Path("/"), output=out).pid, flush=True)
+if sys.argv[1:]:
+    sys.stdin.read(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_program_that_ends_with_us(late: bool) -> None:
+    """Killed at once, before the program has begun, or when it has: it does not stay."""
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TIED, *(["late"] if late else [])),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert parent.stdin is not None and parent.stdout is not None
+    pid = int(await parent.stdout.readline())
+    if late:
+        await _until(lambda: _program(pid) == "sleep")
+        parent.stdin.write(b"x")
+    await parent.wait()
+    await _until(lambda: _program(pid) is None)
+
+
+def _program(pid: int) -> str | None:
+    """What a process runs, None where it is no more, or nobody has asked so far how it ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    except FileNotFoundError:
+        return None
+    return None if fields[2].split()[0] == "Z" else fields[0].partition("(")[2]
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)

@@ -33,7 +33,7 @@ async def commands(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]
 
 
 class FakeQemu:
-    """A QMP server; `answer` gives the reply to each command, None closes the connection."""
+    """A QMP server; `answer` gives the reply to each command, with `events` that come before it; None closes the connection."""
 
     def __init__(self, answer: Answer, *, greeting: bytes | None = None) -> None:
         self.answer = answer
@@ -50,6 +50,9 @@ class FakeQemu:
                 reply = {"return": {}} if command["execute"] == "qmp_capabilities" else await self.answer(command)
                 if reply is None:
                     break
+                for event in reply.pop("events", ()):
+                    at = {"seconds": int(time.time()), "microseconds": int(time.time() % 1 * 1e6)}
+                    writer.write(json.dumps({"event": event, "timestamp": at}).encode() + b"\r\n")
                 identity = {"id": command["id"]} if "id" in command else {}
                 writer.write(json.dumps({**reply, **identity}).encode() + b"\r\n")
         except (ConnectionError, asyncio.CancelledError):

@@ -8,29 +8,25 @@ a pid file without a process means a crash.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
-import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Fork, Observed, Template
-from polyvisor.drivers.qemu.agent import has_agent_port, make_pipes
 from polyvisor.drivers.qemu.argv import CONSOLE_SOCKET, OBSERVE_SOCKET, PID_FILE, QMP_SOCKET, build_argv
-from polyvisor.drivers.qemu.devices import groups_for, hostfwd, with_disks
+from polyvisor.drivers.qemu.devices import hostfwd, with_disks
 from polyvisor.drivers.qemu.kvm import nested_refusal, prove_kvm
 from polyvisor.drivers.qemu.programs import Qemu, find_qemu, find_uefi, version_numbers
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected
+from polyvisor.drivers.qemu.vm_process import ended, last_words, lock_holders, pid_of, send_signal, started
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, TimedOut, Unavailable, WrongState
-from polyvisor.files import storage_errors
 from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
 from polyvisor.operation import Progress
-from polyvisor.process import spawn_detached
 from polyvisor.spec.cpus import ALL_CPUS
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Resources
@@ -41,15 +37,12 @@ from polyvisor.waiting import pause
 if TYPE_CHECKING:
     import asyncio
 
-    from polyvisor.process import Program
 
 START_S = 60.0
 ANSWER_S = 10.0
 OBSERVE_S = 3.0
 KILL_S = 10.0
 TERMINATE_S = 2.0
-_POLL_S = 0.005
-_LOG_TAIL = 4096
 
 _STATES = {
     "running": VMState.RUNNING,
@@ -150,7 +143,7 @@ class QemuDriver:
 
         As root, QEMU runs as numeric `user`, which can use /dev/kvm through that device's group alone.
         """
-        with _started(vm, command, user, boot.cpu_affinity) as process:
+        with started(vm, command, user, boot.cpu_affinity) as process:
             meanwhile()
             await answer(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
             if boot.memory_mib < boot.resources.memory_max_mib:
@@ -167,7 +160,7 @@ class QemuDriver:
             async with self._monitor(vm) as monitor:
                 machine = await write_memory(monitor, file, progress)
         except QMPLost as error:
-            raise PolyvisorError(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+            raise PolyvisorError(f"QEMU has ended: {last_words(vm) or error.message}") from error
         if (launch := vm.launch()) and launch.hypervisor == "tcg" and runs_guest(file):
             hint = "pause or stop the VMs in it first (polyvisor lab down does); one that idles may do with another try"
             raise WrongState("emulation can't read it back: a VM was running in it at that moment", hint=hint)
@@ -190,7 +183,7 @@ class QemuDriver:
 
         launch = vm.launch()
         affinity = launch.resources.cpu_affinity if launch and launch.resources else ALL_CPUS
-        with _started(vm, command, user, affinity) as process:
+        with started(vm, command, user, affinity) as process:
             async with connected(
                 vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
             ) as monitor:
@@ -217,7 +210,7 @@ class QemuDriver:
                     monitor, vm, launch, await self.qemu(), user, progress, runs=runs, at_pause=at_pause
                 )
         except QMPLost as error:
-            raise PolyvisorError(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+            raise PolyvisorError(f"QEMU has ended: {last_words(vm) or error.message}") from error
         finally:
             self._open.pop(vm.path, None)
 
@@ -244,7 +237,7 @@ class QemuDriver:
 
         launch = vm.launch()
         affinity = launch.resources.cpu_affinity if launch and launch.resources else ALL_CPUS
-        with _started(vm, command, user, affinity, inherit=(template.memory,)) as process:
+        with started(vm, command, user, affinity, inherit=(template.memory,)) as process:
             async with connected(
                 vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
             ) as monitor:
@@ -259,7 +252,7 @@ class QemuDriver:
         """How the VM is now: by its lock whether it lives, by QMP whether it runs."""
         if not vm.alive():
             return self.ended(vm)
-        pid = _pid(vm)
+        pid = pid_of(vm)
         try:
             async with self._monitor(vm, OBSERVE_SOCKET, OBSERVE_S) as monitor:
                 run_state = await monitor.run_state()
@@ -276,7 +269,7 @@ class QemuDriver:
             return Observed(state=VMState.STOPPED)
         if launch.boot_id != boot_id():
             return Observed(state=VMState.CRASHED, reason="the host went down while it ran")
-        said = _last_words(vm)
+        said = last_words(vm)
         killed = "its process was killed (by someone, or by the kernel for want of memory: see dmesg)"
         return Observed(state=VMState.CRASHED, reason=f"QEMU said: {said}" if said else killed)
 
@@ -303,11 +296,11 @@ class QemuDriver:
             pass  # it ends
         except (TimedOut, OSError):
             patience_s = 0.0
-        if await _ended(vm, patience_s):
+        if await ended(vm, patience_s):
             return
         for number, patience_s in ((signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, KILL_S)):
-            _signal(vm, number)
-            if await _ended(vm, patience_s):
+            send_signal(vm, number)
+            if await ended(vm, patience_s):
                 (vm.path / PID_FILE).unlink(missing_ok=True)
                 return
         raise TimedOut(f"the process of VM '{vm.name}' does not end", hint="look for it with ps")
@@ -355,7 +348,7 @@ class QemuDriver:
                 await forget(monitor, disks)
                 raise
             except QMPLost as error:
-                raise TimedOut(f"QEMU has ended: {_last_words(vm) or error.message}") from error
+                raise TimedOut(f"QEMU has ended: {last_words(vm) or error.message}") from error
 
     def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
         return replace(launch, argv=with_disks(launch.argv, disks))
@@ -395,7 +388,7 @@ class QemuDriver:
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
         from polyvisor.drivers.qemu.affinity import pin
 
-        for pid in _lock_holders(vm):
+        for pid in lock_holders(vm):
             pin(pid, resources.cpu_affinity)
 
     @contextlib.asynccontextmanager
@@ -409,147 +402,12 @@ class QemuDriver:
             yield monitor
 
 
-@contextlib.contextmanager
-def _started(
-    vm: VMDirectory, command: Command, user: int | None, affinity: str = ALL_CPUS, inherit: tuple[int, ...] = ()
-) -> Iterator[Program]:
-    """The process of a new QEMU, on the CPUs of `affinity` from its first moment, with the open files that it is to inherit.
-
-    Where the block fails it is ended, and CannotStart has its last words.
-    """
-    with storage_errors(f"starting VM '{vm.name}'"):
-        for leftover in (QMP_SOCKET, OBSERVE_SOCKET, PID_FILE):
-            (vm.path / leftover).unlink(missing_ok=True)
-        if has_agent_port(command.argv):
-            make_pipes(vm, user)
-        process = _spawn(vm, command.argv, user, affinity, inherit)
-    try:
-        yield process
-    except (QMPLost, QMPRefused, TimedOut) as error:
-        _end(process)
-        raise CannotStart(_last_words(vm) or error.message, hint=_start_hint(vm)) from error
-    except BaseException:
-        _end(process)
-        raise
-
-
-def _spawn(
-    vm: VMDirectory, argv: tuple[str, ...], user: int | None, affinity: str, inherit: tuple[int, ...]
-) -> Program:
-    """Start QEMU so that it holds the lock on the VM's `alive` file from its first moment to its last."""
-    alive = os.open(vm.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        _lock_alive(vm, alive)
-        with vm.log.open("wb") as log, contextlib.ExitStack() as stack:
-            if affinity != ALL_CPUS:
-                from polyvisor.drivers.qemu.affinity import on_cpus
-
-                stack.enter_context(on_cpus(affinity))
-            open_files = (alive, *inherit)
-            return spawn_detached(argv, cwd=vm.path, output=log, inherit=open_files, user=user, groups=groups_for(argv))
-    finally:
-        os.close(alive)
-
-
-def _lock_alive(vm: VMDirectory, fd: int) -> None:
-    """Lock the `alive` file; whoever only looks holds it for some microseconds, so try for a while."""
-    deadline = time.monotonic() + 1.0
-    while True:
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise WrongState(f"VM '{vm.name}' has a process already", hint=f"polyvisor kill {vm.name}") from error
-            time.sleep(0.001)
-
-
-def _end(process: Program) -> None:
-    process.kill()
-    process.wait()
-
-
 def host_cpus() -> str:
     """The CPUs of this host that are online, as Linux lists them (Documentation/ABI/stable/sysfs-devices-system-cpu)."""
     try:
         return Path("/sys/devices/system/cpu/online").read_text().strip()
     except OSError:
         return ""
-
-
-def _pid(vm: VMDirectory) -> int | None:
-    try:
-        # The VM's process can write in this directory: neither follow a link there, nor wait for a pipe.
-        fd = os.open(vm.path / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            return int(os.read(fd, 32))
-        finally:
-            os.close(fd)
-    except (OSError, ValueError):
-        return None
-
-
-def _last_words(vm: VMDirectory) -> str | None:
-    """The last line that QEMU wrote to its log, without its own name."""
-    try:
-        with vm.log.open("rb") as file:
-            file.seek(max(0, vm.log.stat().st_size - _LOG_TAIL))
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        return None
-    said = [line.strip() for line in lines if line.strip() and "warning:" not in line]
-    return said[-1].removeprefix("qemu-system-x86_64: ") if said else None
-
-
-def _start_hint(vm: VMDirectory) -> str:
-    said = _last_words(vm) or ""
-    if "Permission denied" in said and os.geteuid() == 0:
-        return f"QEMU runs without root's rights: every directory above {vm.path} must let others pass (chmod o+x)"
-    return (
-        f"polyvisor --debug start {vm.name} shows the exact command; polyvisor logs --hypervisor {vm.name} its output"
-    )
-
-
-async def _ended(vm: VMDirectory, timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while vm.alive():
-        if time.monotonic() > deadline:
-            return False
-        await pause(_POLL_S)
-    return True
-
-
-def _signal(vm: VMDirectory, number: signal.Signals) -> None:
-    """Send a signal to the VM's process."""
-    for pid in _lock_holders(vm):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _lock_holders(vm: VMDirectory) -> list[int]:
-    """The processes that have the VM's `alive` file open for writing, as QEMU does and whoever only looks does not.
-
-    The pid file is no help: a start that was cut off has not written it yet, and the guest's process may write there.
-    """
-    identity = vm.alive_file.stat()
-    with os.scandir("/proc") as entries:
-        return [int(each.name) for each in entries if each.name.isdigit() and _writes(each.path, identity)]
-
-
-def _writes(process: str, identity: os.stat_result) -> bool:
-    """Whether a process has the file open for writing: its link in /proc/PID/fd has the permissions of the descriptor."""
-    try:
-        with os.scandir(f"{process}/fd") as entries:
-            return any(_is_written(entry, identity) for entry in entries)
-    except OSError:  # another user's process, or one that has just ended
-        return False
-
-
-def _is_written(entry: os.DirEntry[str], identity: os.stat_result) -> bool:
-    try:
-        writable = entry.stat(follow_symlinks=False).st_mode & stat.S_IWUSR
-        return bool(writable) and os.path.samestat(entry.stat(), identity)
-    except OSError:
-        return False
 
 
 async def _is_down(monitor: Monitor) -> bool:

@@ -23,12 +23,14 @@ from typing import IO, TYPE_CHECKING, Any
 from polyvisor.drivers.base import Template
 from polyvisor.drivers.qemu.incoming import TEMPLATE_SOCKET, Machine, memory_size, template_argv
 from polyvisor.drivers.qemu.migration import (
+    PAUSE_BEFORE_SWITCHOVER,
     UNDER_WAY,
     end_migration,
     handed_over,
     machine_type,
     read_memory,
     require_movable,
+    set_capability,
 )
 from polyvisor.drivers.qemu.programs import Qemu
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
@@ -37,7 +39,7 @@ from polyvisor.errors import PolyvisorError, TimedOut
 from polyvisor.host.record import Launch
 from polyvisor.host.store import VMDirectory
 from polyvisor.operation import Progress, Step, silent
-from polyvisor.process import find_program, spawn_detached
+from polyvisor.process import ending_with_us, spawn_detached
 from polyvisor.waiting import pause
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ async def take_template(
 ) -> Template:
     """Copy a guest that was started as in `launch`; see `Driver.template`. Raises WrongState, Unsupported, PolyvisorError."""
     await end_migration(monitor)
-    await require_movable(monitor)
+    if await require_movable(monitor) != "running" and runs:
+        await monitor.execute("cont")  # an earlier copy was cut off
     machine = Machine(type=await machine_type(monitor), vcpus=(await usage(monitor)).vcpus)
     sizes = await _disk_sizes(monitor)
     with contextlib.ExitStack() as kept:
@@ -100,26 +103,23 @@ async def begin(monitor: Monitor, template: Template) -> None:
 
     Raises QMPLost, QMPRefused.
     """
-    await _set_capability(monitor, IGNORE_SHARED, True)
+    await set_capability(monitor, IGNORE_SHARED, True)
     # A description of its own, since each has a place of its own in the file.
     own = os.open(f"/proc/self/fd/{template.state}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         await read_memory(monitor, own, os.fstat(own).st_size, silent)
     finally:
         os.close(own)
-    await _set_capability(monitor, IGNORE_SHARED, False)  # or what is saved of the fork one day would want it too
+    await set_capability(monitor, IGNORE_SHARED, False)  # or what is saved of the fork one day would want it too
 
 
 @contextlib.asynccontextmanager
 async def _second(vm: VMDirectory, argv: tuple[str, ...], user: int | None, memory: int) -> AsyncIterator[Monitor]:
     """The QEMU that receives the memory. It ends with the block, and with this process, however that ends."""
-    setpriv = find_program("setpriv", package="util-linux")
     socket_path = vm.path / TEMPLATE_SOCKET
     socket_path.unlink(missing_ok=True)
     with tempfile.TemporaryFile() as log:
-        process = spawn_detached(
-            (setpriv, "--pdeathsig", "KILL", *argv), cwd=vm.path, output=log, inherit=[memory], user=user
-        )
+        process = spawn_detached(ending_with_us(argv), cwd=vm.path, output=log, inherit=[memory], user=user)
         try:
             async with connected(socket_path, timeout_s=START_S, gone=lambda: process.poll() is not None) as monitor:
                 yield monitor
@@ -144,7 +144,7 @@ async def _copy(source: Monitor, second: Monitor, progress: Progress, at_pause: 
             await source.execute_with(ours.fileno(), "getfd", fdname=_NAME)
         try:
             await source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
-            await _set_capability(source, "pause-before-switchover", at_pause is not None)
+            await set_capability(source, PAUSE_BEFORE_SWITCHOVER, at_pause is not None)
             await source.execute("migrate", uri=f"fd:{_NAME}")
             if at_pause is not None:
                 await _sent(source, progress, until="pre-switchover")
@@ -177,7 +177,7 @@ async def _let_go(source: Monitor, *, runs: bool) -> None:
         await end_migration(source)
         if runs:
             await source.execute("cont")
-        await _set_capability(source, "pause-before-switchover", False)
+        await set_capability(source, PAUSE_BEFORE_SWITCHOVER, False)
 
 
 async def _settled(second: Monitor) -> None:
@@ -188,14 +188,10 @@ async def _settled(second: Monitor) -> None:
 
 async def _write_devices(second: Monitor, state: int) -> None:
     """Have the state of the devices written to the open file `state`."""
-    await _set_capability(second, IGNORE_SHARED, True)
+    await set_capability(second, IGNORE_SHARED, True)
     async with handed_over(second, state) as uri:
         await second.execute("migrate", uri=uri)
         await _settled(second)
-
-
-async def _set_capability(monitor: Monitor, name: str, state: bool) -> None:
-    await monitor.execute("migrate-set-capabilities", capabilities=[{"capability": name, "state": state}])
 
 
 async def _disk_sizes(monitor: Monitor) -> dict[str, int]:

@@ -27,6 +27,8 @@ _NAME = "memory"
 _SET = 5  # the number of our set of descriptors; nothing else here uses any
 _FILE_IN_SET = (9, 1)
 UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
+# Makes a migration wait for its last part; a copy for forks sets it, and may be killed before it takes that back.
+PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
 # In these run states the vCPUs stand still until they are told to go on, in the others a guest may wake by itself.
 _SAVABLE = ("running", "paused", "io-error", "postmigrate")
 _DEVICES_BYTES = 4 << 20  # they come after the memory, and take a tenth of that
@@ -44,6 +46,7 @@ async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
     await end_migration(monitor)
     await _stop(monitor)
     machine = await machine_type(monitor)
+    await set_capability(monitor, PAUSE_BEFORE_SWITCHOVER, False)
     await monitor.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
     try:
         async with handed_over(monitor, file) as uri:
@@ -141,6 +144,10 @@ async def end_migration(monitor: Monitor) -> None:
     while (await monitor.execute("query-migrate")).get("status") in UNDER_WAY:
         await monitor.execute("migrate_cancel")
         await asyncio.sleep(_POLL_S)
+
+
+async def set_capability(monitor: Monitor, name: str, state: bool) -> None:
+    await monitor.execute("migrate-set-capabilities", capabilities=[{"capability": name, "state": state}])
 
 
 @contextlib.asynccontextmanager
