@@ -29,8 +29,6 @@ from polyvisor.storage.layers import Layer
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
-KEEP = "keep"
-
 
 def disks_of(host: Host, record: Record) -> tuple[BootDisk, ...]:
     """The disks of a VM with this record, each with all that it stands on."""
@@ -39,24 +37,20 @@ def disks_of(host: Host, record: Record) -> tuple[BootDisk, ...]:
     return boot_disks(record, image, host.images.store.directory(image), layers)
 
 
-async def freeze(host: Host, vm: VMDirectory, *, position: str | None = KEEP) -> Record:
+async def freeze(host: Host, vm: VMDirectory) -> Record:
     """Freeze the disks of a VM, running or not, at one moment; returns its new record, whose `layers` they are.
 
-    A VM without disks is left as it is, but for its `position`: the snapshot that its disks begin with from now on. Where it
-    fails nothing has changed. A running VM's guest goes on, so its disks are as after a power cut; who wants more pauses it.
+    A VM without disks is left as it is. Where it fails nothing has changed. A running VM's guest goes on, so its disks are as
+    after a power cut; who wants more pauses it.
     """
     await settle(host, vm)
     record = vm_record(vm)
-    snapshot = record.snapshot if position == KEEP else position
     before = disks_of(host, record)
     if not before:
-        vm.write_record(new := replace(record, snapshot=snapshot))
-        return new
+        return record
     frozen = [(vm.path / disk.path, record.layer(i)) for i, disk in enumerate(before)]
     with host.layers.frozen(frozen, vm.name) as layers:
-        new = replace(
-            record, layers=tuple(layer.id for layer in layers), generation=record.generation + 1, snapshot=snapshot
-        )
+        new = replace(record, layers=tuple(layer.id for layer in layers), generation=record.generation + 1)
         try:
             await make_overlays(host, vm.path, new, layers)
             await _move_on(host, vm, new)

@@ -6,6 +6,7 @@
     <vms>/<name>/qemu.log      what the hypervisor's process said
     <vms>/<name>/move.json     that the VM is on its way to another host, or from one (moves.py)
     <vms>/<name>/saved/        memory and devices of a VM that was saved
+    <vms>/<name>/snapshots/    what it was at some moments (snapshots.py)
     <vms>/<name>/disks/        disks and UEFI variables
     <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
 
@@ -131,6 +132,17 @@ class VMDirectory:
             return any(self.saved.iterdir())
         except FileNotFoundError:
             return False
+
+    def is_being_kept(self) -> bool:
+        """Whether a snapshot of it is being made, for which its guest stands still, or that was cut off."""
+        return os.path.exists(f"{self.path}/snapshots/was-running")  # noqa: PTH110
+
+    def has_layers(self) -> bool:
+        """Whether there may be snapshots of it, or its disks stand on layers that others may share."""
+        try:
+            return os.path.exists(f"{self.path}/snapshots") or bool(self.record.layers)  # noqa: PTH110
+        except PolyvisorError:
+            return True
 
     def is_moving(self) -> bool:
         """Whether it is on its way to another host, or from one; see `moves.py`."""
