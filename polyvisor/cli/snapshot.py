@@ -29,7 +29,7 @@ def add_snapshot(parser: argparse.ArgumentParser) -> None:
     )
     sub.set_defaults(action=_create)
     sub = verbs.add_parser("ls", aliases=["list"], help="list the snapshots of a VM, as a tree")
-    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("name", metavar="NAME", help="a VM")
     sub.set_defaults(action=_ls)
     sub = _one(verbs, "show", "show one snapshot in full")
     sub.set_defaults(action=_show)
@@ -38,8 +38,8 @@ def add_snapshot(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--start", action="store_true", help="start it from there")
     sub.set_defaults(action=_revert)
     sub = verbs.add_parser("rm", help="delete snapshots; those after them stay")
-    sub.add_argument("name", metavar="NAME")
-    sub.add_argument("snapshots", nargs="+", metavar="SNAPSHOT")
+    sub.add_argument("name", metavar="NAME", help="a VM")
+    sub.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="snapshots of it: polyvisor snapshot ls")
     sub.set_defaults(action=_rm)
 
 
@@ -68,8 +68,8 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 
 def _one(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: str, about: str) -> argparse.ArgumentParser:
     sub = verbs.add_parser(verb, help=about)
-    sub.add_argument("name", metavar="NAME")
-    sub.add_argument("snapshot", metavar="SNAPSHOT")
+    sub.add_argument("name", metavar="NAME", help="a VM")
+    sub.add_argument("snapshot", metavar="SNAPSHOT", help="a snapshot of it: polyvisor snapshot ls")
     return sub
 
 

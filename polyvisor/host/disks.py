@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import BootDisk
-from polyvisor.errors import NotFound, PolyvisorError, TimedOut
+from polyvisor.errors import NotFound, PolyvisorError, TimedOut, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host.plan import boot_disks, disk_path
 from polyvisor.host.record import Record
@@ -28,6 +28,8 @@ from polyvisor.storage.layers import Layer
 
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
+
+MAX_LAYERS = 100  # every read of what was never written goes through all of them
 
 
 def disks_of(host: Host, record: Record) -> tuple[BootDisk, ...]:
@@ -48,6 +50,9 @@ async def freeze(host: Host, vm: VMDirectory) -> Record:
     before = disks_of(host, record)
     if not before:
         return record
+    if (deepest := max(len(host.layers.chain(layer)) for layer in (*record.layers, None))) >= MAX_LAYERS:
+        hint = f"stop it, and remove snapshots that nobody needs: polyvisor snapshot rm {vm.name} …"
+        raise WrongState(f"VM '{vm.name}': its disks stand on {deepest} layers already", hint=hint)
     frozen = [(vm.path / disk.path, record.layer(i)) for i, disk in enumerate(before)]
     with host.layers.frozen(frozen, vm.name) as layers:
         new = replace(record, layers=tuple(layer.id for layer in layers), generation=record.generation + 1)
@@ -74,7 +79,8 @@ async def settle(host: Host, vm: VMDirectory) -> None:
 
 def settled(host: Host, vm: VMDirectory, record: Record) -> None:
     """All that the VM writes from now on goes to the overlays of `record`: seal its layers, drop earlier names of theirs."""
-    host.layers.seal(*(layer for layer in record.layers if layer is not None))
+    for top in record.layers:
+        host.layers.seal(*(layer.id for layer in host.layers.chain(top) if host.layers.file(layer.id).exists()))
     drop_others(vm, record)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from polyvisor.errors import AlreadyExists, CannotStart, InvalidInput, PolyvisorError, Unsupported, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files, write_atomic
 from polyvisor.host import disks, saved
+from polyvisor.host.merging import merge
 from polyvisor.host.moves import require_settled
 from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, disk_count
 from polyvisor.host.record import FORMAT, Record
@@ -128,6 +129,7 @@ async def remove(host: Host, name: str, snapshot: str, progress: Progress) -> No
             sync_directory(gone.parent)
             shutil.rmtree(gone)
         disks.sweep(host)
+        await merge(host, name, progress)
 
 
 async def ready(host: Host, vm: VMDirectory, progress: Progress) -> None:

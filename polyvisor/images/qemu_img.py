@@ -206,6 +206,19 @@ async def flatten(
         )
 
 
+async def commit(files: Sequence[Path]) -> None:
+    """Write what the first of `files` holds into the second; both are qcow2 files of ours, each of `files` above the next.
+
+    The first stays as it is, so it may be done again. Raises as `flatten`.
+    """
+    for path in files[:2]:
+        _require_own(path)
+    try:
+        await run([program(), "commit", "-q", "-d", _chain(files, written=2)])
+    except ProcessFailed as error:
+        raise _failure(error, f"writing {files[1]}") from error
+
+
 async def _copy(source: str, target: Path, size: int, what: str, progress: Progress, *options: str) -> None:
     def report(piece: bytes) -> None:
         for percent in _PROGRESS.findall(piece)[-1:]:
@@ -218,12 +231,16 @@ async def _copy(source: str, target: Path, size: int, what: str, progress: Progr
         raise _failure(error, what) from error
 
 
-def _chain(files: Sequence[Path]) -> str:
-    """The qcow2 files, each above the next, as qemu-img's argument: what they say of files below them counts for nothing."""
+def _chain(files: Sequence[Path], *, written: int = 0) -> str:
+    """The qcow2 files, each above the next, as qemu-img's argument: what they say of files below them counts for nothing.
+
+    All but the first, so many, that are `written` to are read-only.
+    """
     below: dict[str, Any] | None = None
-    for path in reversed(files):
-        file = {"driver": "file", "filename": str(path.absolute()), "read-only": True}
-        below = {"driver": "qcow2", "read-only": True, "file": file, "backing": below}
+    for i, path in reversed(list(enumerate(files))):
+        access = {} if i < written else {"read-only": True}
+        file = {"driver": "file", "filename": str(path.absolute()), **access}
+        below = {"driver": "qcow2", **access, "file": file, "backing": below}
     return "json:" + json.dumps(below)
 
 
