@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from polyvisor.host.moves import Cargo, Landing, Move, Parting
 from polyvisor.host.setup.wish import Wish
+from polyvisor.host.snapshots import Snapshot
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, silent
 from polyvisor.spec.forward import Forward
@@ -253,6 +254,59 @@ class HostApi(Protocol):
         """Change vCPUs, memory and CPU shares: in the spec, and at once where that is possible while the VM is alive.
 
         Raises WrongState, TimedOut where the guest does not take part, Unsupported, InvalidInput; then nothing has changed.
+        """
+
+    # Snapshots, clones, and VMs in files
+
+    async def snapshot_create(
+        self,
+        name: str,
+        progress: Progress = silent,
+        *,
+        snapshot: str | None = None,
+        memory: bool | None = None,
+        description: str = "",
+    ) -> Snapshot:
+        """Keep what a VM is at this moment: its disks, its UEFI variables and, by default where it is alive, its memory.
+
+        Without a name it gets a free one. Without memory, the disks of a running VM are as after a power cut. Raises
+        AlreadyExists, WrongState for a VM that is saved, Unsupported, StorageFull; then the VM goes on as before.
+        """
+
+    async def snapshot_list(self, name: str) -> list[Snapshot]:
+        """The snapshots of a VM, the oldest first."""
+
+    async def snapshot_show(self, name: str, snapshot: str) -> Snapshot:
+        """One snapshot; raises NotFound with the nearest name."""
+
+    async def snapshot_revert(
+        self, name: str, snapshot: str, progress: Progress = silent, *, force: bool = False
+    ) -> VMStatus:
+        """Let a VM be as it was at a snapshot: stopped, or saved where that has memory, so that `start` goes on from there.
+
+        What the VM has become since its last snapshot is lost. Raises WrongState for a VM that is alive; with `force` it is
+        killed before.
+        """
+
+    async def snapshot_remove(self, name: str, snapshot: str, progress: Progress = silent) -> None:
+        """Delete a snapshot; those that were made after it stay, and so does what clones stand on."""
+
+    async def clone(
+        self, name: str, new_name: str, progress: Progress = silent, *, snapshot: str | None = None, full: bool = False
+    ) -> VMStatus:
+        """Make a new VM, stopped, whose disks are those of a stopped VM, or of a snapshot; it has an identity of its own.
+
+        A `full` clone has disks of its own, another shares what they hold with its source, which may be removed all the
+        same. Raises AlreadyExists, WrongState, StorageFull.
+        """
+
+    def vm_export(self, name: str) -> AsyncGenerator[bytes]:
+        """A stopped VM, with its image and without its snapshots, as one file, in chunks; raises WrongState."""
+
+    async def vm_import(self, source: str, *, name: str | None = None, progress: Progress = silent) -> VMStatus:
+        """Make the VM that is in an exported file of this machine; a clone of it where it is here still.
+
+        Raises NotFound, ImageRefused, AlreadyExists, StorageFull, and what keeps it from running here.
         """
 
     # Inside the VM

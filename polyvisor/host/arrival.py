@@ -63,8 +63,8 @@ async def check(host: Host, cargo: Cargo, move: Move) -> Landing:
     if vm.path.exists() and not _is_void(vm, move):
         raise AlreadyExists(f"there is a VM '{vm.name}' already", hint="give the one that comes another name: --name")
     image = find_image(host.images.store, cargo.image)
-    notes = await _check_runs(host, record_of(cargo, move, image or cargo.image), image or cargo.image)
-    _check_storage(host, cargo.data_bytes + (0 if image else cargo.image.size))
+    notes = await check_runs(host, record_of(cargo, move, image or cargo.image), image or cargo.image)
+    check_storage(host, cargo.data_bytes + (0 if image else cargo.image.size))
     return Landing(image_id=image.id if image else None, notes=notes)
 
 
@@ -92,7 +92,7 @@ async def take_in(host: Host, chunks: AsyncIterator[bytes]) -> None:
             await parcel.unpack(manifest, staging.path)
             for i in range(disk_count(record.spec, image)):
                 backing = host.images.store.file(image, image.disk) if i == 0 and image.disk else None
-                await settle_disk(staging.path / disk_path(i), backing, _disk_size(record.spec, image, i))
+                await settle_disk(staging.path / disk_path(i), backing, disk_size(record.spec, image, i))
             settle_keys(staging, manifest, image)
             moves.write_note(staging, replace(move, phase=Phase.ARRIVING))
             with storage_errors(f"receiving VM '{vm.name}'"):
@@ -176,7 +176,7 @@ def _is_void(vm: VMDirectory, move: Move) -> bool:
     return earlier is not None and (earlier.vm_id, earlier.source_id) == (move.vm_id, move.source_id)
 
 
-async def _check_runs(host: Host, record: Record, image: Image) -> tuple[str, ...]:
+async def check_runs(host: Host, record: Record, image: Image) -> tuple[str, ...]:
     """Raise what keeps the VM from running here; returns what a person should know."""
     spec, capabilities = record.spec, await host.capabilities()
     chosen = choose_accelerator(spec, *capabilities)
@@ -203,7 +203,7 @@ async def _check_runs(host: Host, record: Record, image: Image) -> tuple[str, ..
     )
 
 
-def _check_storage(host: Host, needed: int) -> None:
+def check_storage(host: Host, needed: int) -> None:
     host.home.prepare()
     if needed + SPARE > (free := shutil.disk_usage(host.home.vms).free):
         raise StorageFull(
@@ -212,7 +212,7 @@ def _check_storage(host: Host, needed: int) -> None:
         )
 
 
-def _disk_size(spec: VMSpec, image: Image, index: int) -> int:
+def disk_size(spec: VMSpec, image: Image, index: int) -> int:
     """How large disk `index` is to the guest, in bytes."""
     wanted = spec.disks[index].size_gib if index < len(spec.disks) else None
     if wanted is None and index == 0 and image.disk_size_mib is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import BootDisk
-from polyvisor.errors import NotFound, PolyvisorError, TimedOut
+from polyvisor.errors import NotFound, PolyvisorError, TimedOut, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host.plan import boot_disks, disk_path
 from polyvisor.host.record import Record
@@ -29,7 +29,7 @@ from polyvisor.storage.layers import Layer
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
-KEEP = "keep"
+MAX_LAYERS = 100  # every read of what was never written goes through all of them
 
 
 def disks_of(host: Host, record: Record) -> tuple[BootDisk, ...]:
@@ -39,24 +39,23 @@ def disks_of(host: Host, record: Record) -> tuple[BootDisk, ...]:
     return boot_disks(record, image, host.images.store.directory(image), layers)
 
 
-async def freeze(host: Host, vm: VMDirectory, *, position: str | None = KEEP) -> Record:
+async def freeze(host: Host, vm: VMDirectory) -> Record:
     """Freeze the disks of a VM, running or not, at one moment; returns its new record, whose `layers` they are.
 
-    A VM without disks is left as it is, but for its `position`: the snapshot that its disks begin with from now on. Where it
-    fails nothing has changed. A running VM's guest goes on, so its disks are as after a power cut; who wants more pauses it.
+    A VM without disks is left as it is. Where it fails nothing has changed. A running VM's guest goes on, so its disks are as
+    after a power cut; who wants more pauses it.
     """
     await settle(host, vm)
     record = vm_record(vm)
-    snapshot = record.snapshot if position == KEEP else position
     before = disks_of(host, record)
     if not before:
-        vm.write_record(new := replace(record, snapshot=snapshot))
-        return new
+        return record
+    if (deepest := max(len(host.layers.chain(layer)) for layer in (*record.layers, None))) >= MAX_LAYERS:
+        hint = f"stop it, and remove snapshots that nobody needs: polyvisor snapshot rm {vm.name} …"
+        raise WrongState(f"VM '{vm.name}': its disks stand on {deepest} layers already", hint=hint)
     frozen = [(vm.path / disk.path, record.layer(i)) for i, disk in enumerate(before)]
     with host.layers.frozen(frozen, vm.name) as layers:
-        new = replace(
-            record, layers=tuple(layer.id for layer in layers), generation=record.generation + 1, snapshot=snapshot
-        )
+        new = replace(record, layers=tuple(layer.id for layer in layers), generation=record.generation + 1)
         try:
             await make_overlays(host, vm.path, new, layers)
             await _move_on(host, vm, new)
@@ -80,7 +79,8 @@ async def settle(host: Host, vm: VMDirectory) -> None:
 
 def settled(host: Host, vm: VMDirectory, record: Record) -> None:
     """All that the VM writes from now on goes to the overlays of `record`: seal its layers, drop earlier names of theirs."""
-    host.layers.seal(*(layer for layer in record.layers if layer is not None))
+    for top in record.layers:
+        host.layers.seal(*(layer.id for layer in host.layers.chain(top) if host.layers.file(layer.id).exists()))
     drop_others(vm, record)
 
 

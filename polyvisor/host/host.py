@@ -28,6 +28,7 @@ from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.setup.wish import Wish
+from polyvisor.host.snapshotter import Snapshotter
 from polyvisor.host.store import FORKING, RENEWING, VMDirectory, VMStore, no_such_vm
 from polyvisor.images.image import Image
 from polyvisor.operation import Progress, Step, silent
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 
 
-class Host(Mover, Forker, ImageKeeper):
+class Host(Mover, Forker, Snapshotter, ImageKeeper):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -118,8 +119,16 @@ class Host(Mover, Forker, ImageKeeper):
             if not force:
                 require_settled(vm, "be removed")
             await self.drivers.end(vm)
+            layered = vm.has_layers()
             if not self.store.remove(name):
                 raise no_such_vm(name)
+            if layered:
+                self._sweep_layers()
+
+    def _sweep_layers(self) -> None:
+        from polyvisor.host.disks import sweep
+
+        sweep(self)
 
     async def _discard(self, vm: VMDirectory) -> None:
         """Undo the making of a VM, which may run by now (Ctrl-C can come at any time)."""
@@ -180,6 +189,13 @@ class Host(Mover, Forker, ImageKeeper):
         if await self._is_started(vm):
             return await self._status(vm)
         require_settled(vm, "start")
+        if vm.has_layers():
+            from polyvisor.host import disks, snapshotting
+
+            await snapshotting.ready(self, vm, progress)
+            vm = VMDirectory(vm.path)  # its record may be another one now
+            if not vm.is_saved():
+                disks.settled(self, vm, vm.record)
         if vm.is_saved() and not fresh:
             from polyvisor.host import saved
 
@@ -235,6 +251,10 @@ class Host(Mover, Forker, ImageKeeper):
             drop(vm)
         if vm.is_forking():
             (vm.path / FORKING).unlink(missing_ok=True)
+        if vm.is_being_kept():
+            from polyvisor.host.snapshotting import drop_interrupted
+
+            drop_interrupted(vm)
 
     async def _end(self, vm: VMDirectory) -> None:
         """End a VM now; one that is saved stays so."""

@@ -16,6 +16,7 @@ from polyvisor.errors import NotFound, WrongState
 from polyvisor.host import moves, parcel
 from polyvisor.host.keys import LOGIN, login_key_of
 from polyvisor.host.moves import Cargo, Move, Parting, Phase
+from polyvisor.host.plan import disk_count, disk_path
 from polyvisor.host.store import VMDirectory, no_such_vm
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ async def show(host: Host, name: str) -> Parting:
         moves.require_settled(vm, "move on")
     if move is not None and moves.has_left(host.home, move.token):
         move = replace(move, phase=Phase.LEFT)
-    cargo, _ = await _loaded(host, vm)
+    cargo, _ = await loaded(host, vm)
     return Parting(cargo=cargo, move=move, left=left)
 
 
@@ -56,7 +57,7 @@ async def give_out(host: Host, name: str, token: str) -> AsyncGenerator[bytes]:
     """The parcel of VM `name`, which is leaving by the move with this `token`."""
     vm = host.store.get(name)
     move = _leaving(vm, token)
-    cargo, paths = await _loaded(host, vm)
+    cargo, paths = await loaded(host, vm)
     for chunk in parcel.packed(move, cargo, paths):
         yield chunk
 
@@ -97,6 +98,10 @@ def _leaving(vm: VMDirectory, token: str) -> Move:
 
 
 async def _require_stopped(host: Host, vm: VMDirectory) -> None:
+    if vm.has_layers():
+        from polyvisor.host.snapshotting import require_none
+
+        require_none(vm, "be moved")
     if await host.drivers.lives(vm):
         state = (await host.drivers.of(vm).inspect(vm)).state
         raise WrongState(f"VM '{vm.name}' is {state}: only a stopped VM can be moved", hint=f"polyvisor stop {vm.name}")
@@ -105,12 +110,19 @@ async def _require_stopped(host: Host, vm: VMDirectory) -> None:
         raise WrongState(f"VM '{vm.name}' is saved: only a stopped VM can be moved", hint=hint)
 
 
-async def _loaded(host: Host, vm: VMDirectory) -> tuple[Cargo, list[tuple[str, Path]]]:
-    """The cargo of a VM, and its files: what they are called in the parcel, and where they are."""
+async def loaded(host: Host, vm: VMDirectory, place: Path | None = None) -> tuple[Cargo, list[tuple[str, Path]]]:
+    """The cargo of a VM, and its files: what they are called in the parcel, and where they are.
+
+    Its disks are in `place`, where they are not whole in its own directory.
+    """
     record = vm.record
     image = host.images.store.by_id(record.image_id)
     must, may = parcel.expected(record.spec, image)
-    paths = [(name, vm.path / name) for name in sorted(must)]
+    there = {
+        str(disk_path(i)): (place / disk_path(i)) if place else vm.path / disk_path(i, record.generation)
+        for i in range(disk_count(record.spec, image))
+    }
+    paths = [(name, there.get(name, vm.path / name)) for name in sorted(must)]
     paths += [(name, vm.path / name) for name in sorted(may - {str(LOGIN)}) if (vm.path / name).exists()]
     if str(LOGIN) in may and image.user is not None:
         paths.append((str(LOGIN), (await login_key_of(vm.path, host.home.keys))[0]))

@@ -56,6 +56,9 @@ def with_saved(vm: VMDirectory, observed: Observed) -> Observed:
     if observed.state is VMState.PAUSED and vm.is_saving():
         reason = f"its memory is being saved; if that was cut off: polyvisor resume {vm.name}, or save again"
         return replace(observed, reason=reason)
+    if observed.state is VMState.PAUSED and vm.is_being_kept():
+        reason = f"a snapshot is being made; if that was cut off: polyvisor resume {vm.name}"
+        return replace(observed, reason=reason)
     return observed
 
 

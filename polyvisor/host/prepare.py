@@ -69,6 +69,11 @@ def check_disk_sizes(spec: VMSpec, image: Image) -> None:
 async def fill(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path) -> None:
     """Put a new VM's disks and record into its directory, the record last; `VMStore.creating` makes them durable."""
     await _make_disks(vm, record, image, images)
+    await furnish(vm, record, image, keys)
+
+
+async def furnish(vm: VMDirectory, record: Record, image: Image, keys: Path) -> None:
+    """Put all but its disks into a new VM's directory, the record last."""
     if image.seed is Seed.NONE:
         (vm.path / KNOWN_HOSTS).parent.mkdir(mode=0o700)  # for the key that the guest shows at the first login
     else:
@@ -146,6 +151,7 @@ async def _write_seed(
         ssh_keys=(public, *spec.ssh_keys),
         user_data=spec.user_data,
         host_key=read_host_key(vm.path),
+        renew=record.origin is not None,
     )
     with storage_errors(f"writing the seed of VM '{vm.name}'"):
         if image.seed is Seed.NOCLOUD:

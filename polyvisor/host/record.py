@@ -30,7 +30,7 @@ class Record:
 
     `layers` are the frozen layers that its disks stand on, in their order (None, or missing: the image, or nothing);
     `generation` is how often its disks have got new overlays, which have it in their names; `snapshot` is the one that these
-    began with.
+    began with. `origin` is the id of the VM that it was cloned from: then its disks hold that one's identity.
     """
 
     id: str
@@ -42,6 +42,7 @@ class Record:
     layers: tuple[str | None, ...] = ()
     generation: int = 0
     snapshot: str | None = None
+    origin: str | None = None
 
     def layer(self, index: int) -> str | None:
         """The frozen layer that disk `index` stands on."""
@@ -115,7 +116,7 @@ def boot_id() -> str:
 
 
 _RECORD_KEYS = ("id", "created_at", "image_id", "memory_mib", "user")
-_DISK_KEYS = ("layers", "generation", "snapshot")
+_DISK_KEYS = ("layers", "generation", "snapshot", "origin")
 
 
 def checked(text: str | bytes) -> dict[str, Any]:

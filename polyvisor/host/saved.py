@@ -59,13 +59,18 @@ class State:
 def read(vm: VMDirectory) -> State:
     """The state of a VM that is saved; raises PolyvisorError where it can't be understood."""
     try:
-        return structure(checked(read_small(f"{vm.saved}/saved.json")), State)
+        return read_state(vm.saved / "saved.json")
     except PermissionError as error:
         raise translated(error, f"reading the saved state of VM '{vm.name}'") from error
     except (OSError, ValueError, InvalidInput) as error:
         raise CannotStart(
             f"VM '{vm.name}': {vm.saved}/saved.json can't be understood: {error}", hint=_fresh(vm)
         ) from error
+
+
+def read_state(path: Path) -> State:
+    """The state in a file `saved.json`; raises OSError, ValueError, InvalidInput."""
+    return structure(checked(read_small(str(path))), State)
 
 
 def describe(vm: VMDirectory) -> Saved | None:
@@ -120,7 +125,7 @@ async def save(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
         if isinstance(error, PolyvisorError):
             error.about(f"VM '{vm.name}' was not saved")
         raise
-    await _to_its_end(driver.kill(vm))
+    await to_its_end(driver.kill(vm))
 
 
 async def _is_done(vm: VMDirectory, driver: Driver) -> bool:
@@ -172,11 +177,11 @@ async def _write(vm: VMDirectory, driver: Driver, paused: bool, progress: Progre
         state = State(
             saved_at=time.time(),
             size_bytes=new.stat().st_size,
-            sha256=await _sum(new, progress),
+            sha256=await checksum(new, progress),
             paused=paused,
             machine=machine,
             cpu=host_cpu() if launch.hypervisor != "tcg" else (),
-            disks=_disks(vm),
+            disks=disk_states(vm),
             launch=launch,
             vcpus=usage.vcpus,
         )
@@ -199,7 +204,7 @@ async def _undo(vm: VMDirectory, driver: Driver, paused: bool) -> None:
     drop(vm)
 
 
-async def _sum(path: Path, progress: Progress) -> str:
+async def checksum(path: Path, progress: Progress) -> str:
     """SHA-256 of a file, with progress; others go on meanwhile."""
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb", buffering=0) as file:
@@ -233,7 +238,7 @@ async def restore(vm: VMDirectory, driver: Driver, place: str, progress: Progres
         error.hint = _fresh(vm)
         raise
     drop_memory(vm)
-    await _to_its_end(finish(vm, driver, state))
+    await to_its_end(finish(vm, driver, state))
 
 
 async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootNic, ...], progress: Progress) -> None:
@@ -263,7 +268,7 @@ async def finish(vm: VMDirectory, driver: Driver, state: State | None = None) ->
     drop(vm)
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
     """Do what is no use when it is half done; whoever cancels it (Ctrl-C) waits for it."""
     task = asyncio.ensure_future(work)
     try:
@@ -283,16 +288,16 @@ async def _check(vm: VMDirectory, state: State, progress: Progress) -> None:
     with storage_errors(f"reading the saved memory of VM '{vm.name}'"):
         if (size := memory.stat().st_size) != state.size_bytes:
             raise CannotStart(f"its memory has {size} bytes instead of {state.size_bytes}")
-        if (found := _disks(vm)) != state.disks:
+        if (found := disk_states(vm)) != state.disks:
             changed = sorted(name for name in found.keys() | state.disks if found.get(name) != state.disks.get(name))
             raise CannotStart(f"its disks have changed since it was saved ({', '.join(changed)})")
         if state.cpu and (missing := sorted(set(state.cpu) - set(host_cpu()))):
             raise CannotStart(f"this host's processor lacks what its guest may use: {' '.join(missing[:5])}")
-        if await _sum(memory, progress) != state.sha256:
+        if await checksum(memory, progress) != state.sha256:
             raise CannotStart("its memory is damaged: its checksum is wrong")
 
 
-def _disks(vm: VMDirectory) -> dict[str, str]:
+def disk_states(vm: VMDirectory) -> dict[str, str]:
     """What shows that a disk was changed by somebody else."""
     return {
         path.name: f"{status.st_size} {status.st_mtime_ns}"

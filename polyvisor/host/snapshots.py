@@ -34,8 +34,7 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}\Z")
 class Kept:
     """A snapshot, as it is kept: `layers` are its disks, in their order; `memory_bytes` is None for one without memory.
 
-    `running` says that the guest ran when it was made: without memory its disks are as after a power cut. `spec` is what the
-    record was then, for those who clone it.
+    `running` says that the guest ran when it was made: without memory its disks are as after a power cut.
     """
 
     name: str
@@ -45,6 +44,25 @@ class Kept:
     description: str = ""
     running: bool = False
     memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A snapshot as it is shown; times in seconds since the epoch.
+
+    `parent` is the snapshot before it; `current` the one that the VM goes on from. `memory_bytes` is the size of its memory,
+    None for one without; `disk_bytes` what is on the host of the disks as they were from its parent until it. `running` says
+    that the guest ran when it was made: without memory, its disks are as after a power cut.
+    """
+
+    name: str
+    created_at: float
+    parent: str | None = None
+    current: bool = False
+    description: str = ""
+    running: bool = False
+    memory_bytes: int | None = None
+    disk_bytes: int = 0
 
 
 def check_snapshot_name(name: str) -> str:

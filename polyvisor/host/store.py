@@ -9,6 +9,7 @@
     <vms>/<name>/unborn        it is a fork, and has not got all of its memory so far
     <vms>/<name>/renewing      it is a fork, and its guest has not taken on its own identity so far (identity.py)
     <vms>/<name>/saved/        memory and devices of a VM that was saved
+    <vms>/<name>/snapshots/    what it was at some moments (snapshots.py)
     <vms>/<name>/disks/        disks and UEFI variables
     <vms>/<name>/run/          sockets, pid and console log: the one place where the hypervisor's process may write
 
@@ -151,6 +152,17 @@ class VMDirectory:
     def is_renewing(self) -> bool:
         """Whether it is a fork whose guest has been told who it is, and has not answered yet."""
         return os.path.exists(f"{self.path}/{RENEWING}")  # noqa: PTH110
+
+    def is_being_kept(self) -> bool:
+        """Whether a snapshot of it is being made, for which its guest stands still, or that was cut off."""
+        return os.path.exists(f"{self.path}/snapshots/was-running")  # noqa: PTH110
+
+    def has_layers(self) -> bool:
+        """Whether there may be snapshots of it, or its disks stand on layers that others may share."""
+        try:
+            return os.path.exists(f"{self.path}/snapshots") or bool(self.record.layers)  # noqa: PTH110
+        except PolyvisorError:
+            return True
 
     def is_moving(self) -> bool:
         """Whether it is on its way to another host, or from one; see `moves.py`."""

@@ -185,6 +185,75 @@ async def rebase(path: Path, backing: Path) -> None:
         raise _failure(error, f"giving {path} its image") from error
 
 
+async def flatten(
+    files: Sequence[Path], base: Path | None, target: Path, size: int, progress: Progress = silent
+) -> None:
+    """Make `target` one qcow2 disk of `size` bytes, alone above the qcow2 file `base`, that holds what all of `files` do.
+
+    These are qcow2 files of ours, each above the next, the last above `base`; where there is none, nothing is below `target`.
+    What is in `base` is not copied. Raises StorageFull, NotPermitted, ImageRefused, ProcessFailed.
+    """
+    for path in files:
+        _require_own(path)
+    what = f"writing {target}"
+    if base is None:
+        await _copy(_chain(files), target, size, what, progress)
+        return
+    await create_on_layer(target, base, size)
+    for i in reversed(range(len(files))):  # each holds what differs from the one below it
+        await _copy(
+            _chain([*files[i:], base]), target, size, what, progress, "-n", "-B", str(base.absolute()), "-F", "qcow2"
+        )
+
+
+async def commit(files: Sequence[Path]) -> None:
+    """Write what the first of `files` holds into the second; both are qcow2 files of ours, each of `files` above the next.
+
+    The first stays as it is, so it may be done again. Raises as `flatten`.
+    """
+    for path in files[:2]:
+        _require_own(path)
+    try:
+        await run([program(), "commit", "-q", "-d", _chain(files, written=2)])
+    except ProcessFailed as error:
+        raise _failure(error, f"writing {files[1]}") from error
+
+
+async def _copy(source: str, target: Path, size: int, what: str, progress: Progress, *options: str) -> None:
+    def report(piece: bytes) -> None:
+        for percent in _PROGRESS.findall(piece)[-1:]:
+            progress(Step("copying the disk", int(size * float(percent) / 100), size, "B"))
+
+    try:
+        await run([program(), "convert", "-p", "-O", "qcow2", *options, source, str(target)], on_output=report)
+        target.chmod(0o600)
+    except ProcessFailed as error:
+        raise _failure(error, what) from error
+
+
+def _chain(files: Sequence[Path], *, written: int = 0) -> str:
+    """The qcow2 files, each above the next, as qemu-img's argument: what they say of files below them counts for nothing.
+
+    All but the first, so many, that are `written` to are read-only.
+    """
+    below: dict[str, Any] | None = None
+    for i, path in reversed(list(enumerate(files))):
+        access = {} if i < written else {"read-only": True}
+        file = {"driver": "file", "filename": str(path.absolute()), **access}
+        below = {"driver": "qcow2", **access, "file": file, "backing": below}
+    return "json:" + json.dumps(below)
+
+
+def _require_own(path: Path) -> None:
+    """Refuse a disk of a VM that names an external data file, which its process may have put there, or is unsound."""
+    from polyvisor.images.formats import Reader, qcow2
+
+    with storage_errors(f"reading {path}"):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            qcow2.inspect(Reader(file, path.name), backed=True)
+
+
 async def info(path: Path) -> dict[str, Any]:
     """What qemu-img says of the qcow2 disk `path`, one of ours."""
     top = {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": str(path), "read-only": True}}

@@ -20,6 +20,8 @@ from polyvisor.values import dataclass
 
 DIRECTORY = "etc/polyvisor"
 _VOLUME = "cidata"
+# Before the services that use it; what runs by then (systemd, journald) has the new one from the next boot on.
+_NEW_MACHINE_ID = "rm -f /etc/machine-id /var/lib/dbus/machine-id && systemd-machine-id-setup"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class SeedData:
     `instance_id` differs between VMs and stays for the life of one; cloud-init does its first-boot work once per id.
     `ssh_keys` are whole lines of an authorized_keys file. `user_data` is a script (`#!…`) or, where the guest has
     cloud-init, anything that it takes (`#cloud-config` …). `host_key` is what the guest's SSH server proves itself with.
+    `renew` says that its disk holds another VM's identity, of which cloud-init leaves the machine-id as it is.
     """
 
     instance_id: str
@@ -36,6 +39,7 @@ class SeedData:
     ssh_keys: tuple[str, ...] = ()
     user_data: str | None = None
     host_key: HostKey | None = None
+    renew: bool = False
 
 
 def initrd_seed(data: SeedData) -> bytes:
@@ -98,11 +102,17 @@ def nocloud_files(data: SeedData) -> dict[str, bytes]:
 
 
 def _vendor_data(data: SeedData) -> bytes:
-    """The host key: as vendor data it is used beside whatever user data there is (absent, some versions warn)."""
-    if data.host_key is None:
-        return b""
-    keys = {"ed25519_private": data.host_key.private, "ed25519_public": data.host_key.public}
-    return b"#cloud-config\n" + _json({"ssh_keys": keys})
+    """The host key, and a new machine-id: as vendor data they are used beside whatever user data there is.
+
+    Absent, some versions warn. A `bootcmd` of the user's own takes the place of ours.
+    """
+    config: dict[str, object] = {}
+    if data.host_key is not None:
+        keys = {"ed25519_private": data.host_key.private, "ed25519_public": data.host_key.public}
+        config["ssh_keys"] = keys
+    if data.renew:
+        config["bootcmd"] = [["cloud-init-per", "instance", "polyvisor-machine-id", "sh", "-c", _NEW_MACHINE_ID]]
+    return b"#cloud-config\n" + _json(config) if config else b""
 
 
 def _user_data(data: SeedData) -> bytes:

@@ -14,7 +14,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, BinaryIO
 
 from polyvisor import __version__
@@ -122,21 +122,21 @@ class Agent:
         arguments = verb.arguments(raw)
         if verb.progress:
             arguments["progress"] = lambda step: self._report(number, step)
-        if method == "image_import":
-            return _plain(await self._import(arguments))
+        if method in ("image_import", "vm_import"):
+            return _plain(await self._import(getattr(self.api, method), arguments))
         result = await getattr(self.api, method)(**arguments)
         return _access(result) if isinstance(result, SSHTarget) else _plain(result)
 
-    async def _import(self, arguments: dict[str, Any]) -> Any:
+    async def _import(self, verb: Callable[..., Awaitable[Any]], arguments: dict[str, Any]) -> Any:
         """Import what was uploaded before, or what a URL leads to: other files of this machine are nobody's business."""
         from polyvisor.images.download import is_url
 
         source = str(arguments["source"])
         if is_url(source):
-            return await self.api.image_import(**arguments)
+            return await verb(**arguments)
         upload = self.uploads.find(source)
         try:
-            return await self.api.image_import(**{**arguments, "source": str(upload)})
+            return await verb(**{**arguments, "source": str(upload)})
         finally:  # whoever tries again sends it again
             self.uploads.forget(upload)
 
@@ -205,7 +205,7 @@ def main(words: list[str]) -> int:
 
 async def stream(raw: dict[str, Any]) -> None:
     """Carry bytes over stdin and stdout, by `raw["kind"]`: `console`, `log`, `events` (a line each), `image_export`, `upload`,
-    `parcel`, `arrive`.
+    `parcel`, `arrive`, `vm_export`.
 
     The first line says that it begins, or what is wrong.
     """
@@ -227,6 +227,8 @@ async def stream(raw: dict[str, Any]) -> None:
             await _events(host, tuple(map(str, raw["names"])), begin, out)
         elif kind == "image_export":
             await _chunks(host.image_export(str(raw["name"])), begin, out)
+        elif kind == "vm_export":
+            await _chunks(host.vm_export(str(raw["name"])), begin, out)
         elif kind == "parcel":
             await _chunks(host.parcel(str(raw["name"]), str(raw["token"])), begin, out)
         elif kind == "arrive":

@@ -42,6 +42,7 @@ from polyvisor.remote.address import Entry
 from polyvisor.remote.archive import archive
 from polyvisor.remote.connection import Connection, Stream
 from polyvisor.remote.link import Link, shared_directory
+from polyvisor.remote.snapshots import RemoteSnapshots
 from polyvisor.remote.wire import LOOKS, Access, decode
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
@@ -58,7 +59,7 @@ _CHUNK = 1 << 20
 Ask = Callable[[list[str]], int]
 
 
-class RemoteHost:
+class RemoteHost(RemoteSnapshots):
     """The host of `entry`; implements `HostApi`. Keys and the application for hosts are kept in `home`.
 
     With `accept_new` the key of a host that was never seen is taken as it is. `ask`, where there is somebody to ask, is

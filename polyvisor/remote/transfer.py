@@ -1,6 +1,6 @@
-"""Images out of a host: into a file, or into the store of another host.
+"""Images out of a host: into a file, or into the store of another host; and VMs into files.
 
-Both work with any `HostApi`. What goes to a host by SSH is sent as it is read, wherever it is read from, and takes no place on
+All work with any `HostApi`. What goes to a host by SSH is sent as it is read, wherever it is read from, and takes no place on
 this machine; for other hosts it goes through a temporary file.
 """
 
@@ -42,6 +42,21 @@ async def export_image(
                 file.write(chunk)
                 progress(Step("exporting", file.tell(), exported_size(image), "B"))
     return image
+
+
+async def export_vm(
+    source: HostApi, name: str, path: Path, progress: Progress = silent, *, replacing: bool = False
+) -> None:
+    """Write VM `name` of host `source` into the file `path` of this machine, whole or not at all.
+
+    Raises NotFound, WrongState for a VM that is not stopped, AlreadyExists as `export_image`, StorageFull, ConnectionLost.
+    """
+    _check_target(path, replacing=replacing)
+    with storage_errors(f"exporting VM '{name}'"), _new_file(path, replacing=replacing) as file:
+        async with contextlib.aclosing(source.vm_export(name)) as chunks:
+            async for chunk in chunks:
+                file.write(chunk)
+                progress(Step("exporting", file.tell(), None, "B"))
 
 
 async def copy_image(
@@ -88,9 +103,7 @@ def _check_target(path: Path, *, replacing: bool) -> None:
         if path.exists() and not path.is_file():
             raise InvalidInput("output", str(path), "is not a regular file")
         if not replacing and os.path.lexists(path):
-            raise AlreadyExists(
-                f"there is a file {path} already", hint="choose another with -o, or replace it: --force"
-            )
+            raise AlreadyExists(f"there is a file {path} already", hint="choose another, or replace it: --force")
 
 
 @contextlib.contextmanager

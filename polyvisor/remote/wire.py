@@ -29,7 +29,7 @@ FAILED = -32000  # the verb raised a PolyvisorError, which `data` describes
 MAX_LINE = 64 << 20
 
 # These give bytes or events without end, and have a connection of their own.
-STREAMS = ("console", "log", "events", "image_export", "parcel", "arrive")
+STREAMS = ("console", "log", "events", "image_export", "parcel", "arrive", "vm_export")
 # These change nothing, so a call may be sent again without a key.
 LOOKS = (
     "status",
@@ -42,6 +42,8 @@ LOOKS = (
     "host_id",
     "move_show",
     "arrival_check",
+    "snapshot_list",
+    "snapshot_show",
     "image_list",
     "image_show",
     "image_inspect",
@@ -68,6 +70,7 @@ REPEATABLE = (
     "arrival_release",
     "arrival_cancel",
     "template_warm",
+    "snapshot_revert",
 )
 
 # Types of answers that `HostApi` names without having them imported; whoever calls knows how to read an answer.

@@ -23,6 +23,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput, NotFound, PolyvisorError
@@ -119,7 +120,7 @@ class LayerStore:
                 layer = Layer(
                     id=os.urandom(12).hex(), created_at=time.time(), of=of, size=virtual_size(disk), parent=parent
                 )
-                write_atomic(staging / LAYER, json.dumps({"format": _FORMAT, **unstructure(layer)}, indent=2) + "\n")
+                self._write(staging, layer)
                 _link(disk, staging / DISK, self.path)
                 sync_directory(staging)
                 staging.chmod(0o711 if os.geteuid() == 0 else 0o700)
@@ -135,13 +136,16 @@ class LayerStore:
 
         Where no root is at work, they stay their owner's. It may be repeated.
         """
+        owner, mode = (0, 0o440) if os.geteuid() == 0 else (-1, 0o400)
         with storage_errors("sealing layers"):
             for path in map(self.file, ids):
+                status = path.lstat()
+                if (status.st_mode & 0o777, status.st_uid) == (mode, os.geteuid()):
+                    continue
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
-                    if os.geteuid() == 0:
-                        os.fchown(fd, 0, -1)
-                    os.fchmod(fd, 0o440 if os.geteuid() == 0 else 0o400)
+                    os.fchown(fd, owner, -1)
+                    os.fchmod(fd, mode)
                     os.fsync(fd)
                 finally:
                     os.close(fd)
@@ -163,6 +167,42 @@ class LayerStore:
                 if not (self.path / layer_id).exists():
                     raise NotFound(f"layer {layer_id} has just been removed")
             yield
+
+    @contextlib.contextmanager
+    def alone(self, *ids: str) -> Iterator[bool]:
+        """Let nobody begin to stand on these layers in the block; false where somebody is about to, or one is gone."""
+        with contextlib.ExitStack() as locks:
+            try:
+                for layer_id in ids:
+                    locks.enter_context(_flock(self.path / layer_id, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except (BlockingIOError, FileNotFoundError):
+                yield False
+            else:
+                yield True
+
+    @contextlib.contextmanager
+    def opened(self, layer_id: str) -> Iterator[None]:
+        """Let a layer's file be written to in the block, by us alone."""
+        with storage_errors("merging layers"):
+            self.file(layer_id).chmod(0o600)
+        try:
+            yield
+        finally:
+            self.seal(layer_id)
+
+    def fold(self, parent: str, layer_id: str) -> None:
+        """Let the file of `parent`, which holds all that `layer_id` does, be that of `layer_id`, and the layer be gone."""
+        layer = self.get(layer_id)
+        with storage_errors("merging layers"):
+            with contextlib.suppress(FileNotFoundError):
+                self.file(parent).replace(self.file(layer_id))
+            sync_directory(self.path / layer_id)
+            self._write(self.path / layer_id, replace(layer, parent=self.get(parent).parent))
+            self._remove(parent)
+
+    def _write(self, directory: Path, layer: Layer) -> None:
+        text = json.dumps({"format": _FORMAT, **unstructure(layer)}, indent=2) + "\n"
+        write_atomic(directory / LAYER, text)
 
     def sweep(self, standing: Callable[[], Iterable[str]]) -> list[str]:
         """Remove the layers that nobody stands on, and what commands left that were killed; returns their ids.

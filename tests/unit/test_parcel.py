@@ -48,7 +48,7 @@ def disk(host: Machine, number: int) -> Path:
 async def given_out(source: Machine, target: Machine) -> bytes:
     """The parcel of the VM as it is now."""
     cargo, move = await offered(source, target)
-    _, paths = await moving._loaded(source, source.store.get("web"))
+    _, paths = await moving.loaded(source, source.store.get("web"))
     return b"".join(packed(move, cargo, paths))
 
 
@@ -323,7 +323,7 @@ async def test_keys_that_are_none(source: Machine, target: Machine, file: str, c
     directory = source.home.vms / "web/ssh"
     shutil.copy(directory / "host_key", directory / "login")
     cargo, move = await offered(source, target)
-    _, paths = await moving._loaded(source, source.store.get("web"))
+    _, paths = await moving.loaded(source, source.store.get("web"))
     (source.home.vms / "web" / file).write_bytes(content)
     message = await refusal(target, b"".join(packed(move, cargo, paths)))
     assert "key" in message

@@ -19,7 +19,11 @@ from tests.unit.specs import QUICK, forwards, specs
 from tests.unit.test_errors import all_errors
 
 # Verbs that are neither looks nor repeatable: of a half of them nobody knows how far it came.
-ONCE = {"run", "create", "fork", "reboot", "remove", "remove_forward", "image_remove"}
+ONCE = {
+    *("run", "create", "fork", "run_from", "template_create", "template_remove"),
+    *("reboot", "remove", "remove_forward", "image_remove"),
+    *("snapshot_create", "snapshot_remove", "clone", "vm_import"),
+}
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),

@@ -21,12 +21,15 @@ _MAX_REFTABLE = 8 << 20
 _MAX_SNAPSHOTS = 65536
 
 
-def inspect(reader: Reader) -> Disk:
-    """What the qcow2 file holds; raises ImageRefused where it is unsound, encrypted or needs another file."""
+def inspect(reader: Reader, *, backed: bool = False) -> Disk:
+    """What the qcow2 file holds; raises ImageRefused where it is unsound, encrypted or needs another file.
+
+    A disk of ours is `backed`: whoever opens it says himself what is below it, whatever it says of that.
+    """
     version, backing, backing_length, cluster_bits, size, crypt, l1_size = reader.unpack(">IQIIQII", 4)
     if version not in (2, 3):
         reader.refuse(f"qcow version {version}", hint="convert it with qemu-img convert -O qcow2 OLD NEW")
-    if backing or backing_length:
+    if (backing or backing_length) and not backed:
         reader.refuse("it needs another file (a qcow2 backing file)", hint=FLATTEN)
     if crypt:
         reader.refuse("it is encrypted", hint="decrypt it where it was made (qemu-img convert with its secret)")
