@@ -30,6 +30,11 @@ IDENTITY = (
     "hostname; cat /etc/machine-id; md5sum /etc/dropbear/host_key /etc/ssh/ssh_host_*_key 2>/dev/null;"
     " cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | md5sum"
 )
+# Writes to many pages while it is copied, and has the kernel do so; ends by itself.
+WORK = (
+    "(for i in $(seq 30); do dd if=/dev/zero of=/dev/shm/work bs=64k count=200; rm /dev/shm/work; ls -lR /etc /sys/bus; done)"
+    " >/dev/null 2>&1 &"
+)
 WAIT = "while [ ! -e /tmp/go ]; do sleep 0.1; done; cat /tmp/go"
 
 
@@ -69,7 +74,7 @@ async def test_forks_go_on_from_one_moment(api: HostApi, spec: VMSpec) -> None:
     waiting = asyncio.ensure_future(guest(api, source, WAIT))
     while len(before := await counted(api, source)) < 3:
         pass
-    boot_id = await guest(api, source, BOOT_ID)
+    boot_id = await guest(api, source, f"{WORK} {BOOT_ID}")
     status = (await api.show(source)).status
     steps: list[Step] = []
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,14 @@ Answers = dict[str, dict[str, Any] | None]
 class Guest:
     """A QEMU that answers as told: `migration` is what `query-migrate` gives after `migrate`, one after the other."""
 
-    def __init__(self, *migration: dict[str, Any], state: str = "running", answers: Answers | None = None) -> None:
-        self.left, self.state, self.begun = list(migration), state, False
+    def __init__(
+        self,
+        *migration: dict[str, Any],
+        state: str = "running",
+        answers: Answers | None = None,
+        version: tuple[int, int] = (9, 0),
+    ) -> None:
+        self.left, self.state, self.version, self.begun = list(migration), state, version, False
         self.answers = answers or {}
         self.qmp = FakeQemu(self.answer)
 
@@ -69,10 +76,10 @@ class Guest:
             if not self.begun:
                 return {"return": {}}
             return {"return": self.left.pop(0) if len(self.left) > 1 else self.left[0]}
-        events: dict[str, Any] = {"migrate": ["STOP"], "cont": ["RESUME"]}
+        events: dict[str, Any] = {"migrate": ["STOP"], "stop": ["STOP"], "cont": ["RESUME"]}
         found = {
             "query-status": {"status": self.state},
-            "query-version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""},
+            "query-version": {"qemu": {"major": self.version[0], "minor": self.version[1], "micro": 0}, "package": ""},
             "qom-get": "pc-i440fx-7.2-machine",
             "query-balloon": {"actual": 128 << 20},
             "query-hotpluggable-cpus": [{"type": "cpu", "props": {"core-id": 0}, "qom-path": "/machine/0"}],
@@ -174,6 +181,33 @@ async def test_a_copy(monkeypatch: pytest.MonkeyPatch, vm: VMDirectory, open_fil
     assert second.waited and not (vm.run / "template.sock").exists()
     close(template)
     assert open_files() == []
+
+
+@pytest.mark.parametrize(
+    ("hypervisor", "version", "live"),
+    [
+        ("tcg", (7, 2), False),
+        ("tcg", (8, 2), False),
+        ("tcg", (9, 0), True),
+        ("tcg", (10, 1), True),
+        ("kvm", (7, 2), True),
+    ],
+)
+async def test_emulation_that_misses_writes_stands_still(
+    monkeypatch: pytest.MonkeyPatch, vm: VMDirectory, hypervisor: str, version: tuple[int, int], live: bool
+) -> None:
+    """A copy that is taken while the guest writes would lack some of it: forks would panic."""
+    source = Guest(DONE, version=version)
+    monkeypatch.setitem(globals(), "LAUNCH", replace(LAUNCH, hypervisor=hypervisor))
+    close(await copied(monkeypatch, vm, source, Second(DONE)))
+    said = [word for word in source.said if word in ("stop", "migrate", "cont")]
+    assert said == (["migrate", "cont"] if live else ["stop", "migrate", "cont"])
+
+
+async def test_one_that_is_paused_is_not_stopped(monkeypatch: pytest.MonkeyPatch, vm: VMDirectory) -> None:
+    source = Guest(DONE, state="paused", version=(7, 2))
+    close(await copied(monkeypatch, vm, source, Second(DONE), runs=False))
+    assert "stop" not in source.said and "cont" not in source.said
 
 
 async def test_the_second_one_ends_with_us(monkeypatch: pytest.MonkeyPatch, vm: VMDirectory) -> None:
