@@ -19,10 +19,11 @@ from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
 from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, Unsupported, WrongState
 from polyvisor.home import Home, default_home
-from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
+from polyvisor.host.api import STOP_TIMEOUT_S, Details
 from polyvisor.host.forker import Forker
 from polyvisor.host.image_keeper import ImageKeeper
 from polyvisor.host.images import Images
+from polyvisor.host.insider import Insider
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 
 
-class Host(Mover, Forker, Snapshotter, ImageKeeper):
+class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -437,43 +438,6 @@ class Host(Mover, Forker, Snapshotter, ImageKeeper):
 
         async with self._locked(name, "set") as vm:
             return await change(self, vm, changes)
-
-    # Inside the VM
-
-    async def console(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        from polyvisor.host.inside import open_console
-
-        vm = self.store.get(name)
-        await self._require_alive(vm, "give a console")
-        return await open_console(vm, self.drivers.of(vm).console)
-
-    async def log(self, name: str, *, hypervisor: bool = False, follow: bool = False) -> AsyncIterator[bytes]:
-        from polyvisor.host.inside import read_log
-
-        vm = self.store.get(name)
-        async for chunk in read_log(vm, vm.log if hypervisor else vm.console_log, follow):
-            yield chunk
-
-    async def ssh_target(self, name: str) -> SSHTarget:
-        from polyvisor.host.inside import ssh_target
-
-        vm = self.store.get(name)
-        status = await self._status(vm)
-        return await ssh_target(vm, status, self.images.store.by_id(vm.record.image_id), self.home.keys)
-
-    async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
-        from polyvisor.host.inside import until_ssh_answers
-
-        await event_loop()
-        target, vm = await self.ssh_target(name), self.store.get(name)
-        if vm.is_renewing():
-            from polyvisor.host.identity import until_renewed
-
-            began = time.monotonic()
-            await until_renewed(vm, timeout_s, progress)
-            timeout_s -= time.monotonic() - began
-        await until_ssh_answers(vm, target, timeout_s, progress)
-        return target
 
     # Helpers
 

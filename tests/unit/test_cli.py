@@ -32,6 +32,7 @@ EXAMPLES = {
     "pause": "pause a",
     "resume": "resume a",
     "fork": "fork a --count 3 --prefix b- --wait",
+    "template": "template create x --from a",
     "save": "save a",
     "set": "set a --vcpus 2 --memory 1G --cpu-limit none",
     "snapshot": "snapshot create a --name b --no-memory",
