@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING
 
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, PolyvisorError
 from polyvisor.files import (
+    make_directory,
     read_small,
     storage_errors,
+    sync_directory,
     sync_files,
     take_flock,
     write_atomic,
