@@ -1,14 +1,15 @@
-"""The verbs of `Host` that lead into a VM; what they do is in `inside.py` and `identity.py`."""
+"""The verbs of `Host` that lead into a VM, or look closely; what they do is in `inside.py`, `identity.py`, `memory.py`."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from polyvisor.host.api import SSHTarget
 from polyvisor.operation import Progress, silent
+from polyvisor.status import MemoryUse
 from polyvisor.waiting import event_loop
 
 if TYPE_CHECKING:
@@ -56,3 +57,8 @@ class Insider:
             timeout_s -= time.monotonic() - began
         await until_ssh_answers(vm, target, timeout_s, progress)
         return target
+
+    async def memory_use(self, names: Sequence[str] = ()) -> dict[str, MemoryUse]:
+        from polyvisor.host.memory import memory_use
+
+        return await memory_use(self._inside, names)
