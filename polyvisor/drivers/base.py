@@ -100,10 +100,11 @@ class Boot:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """A VM that begins as a copy of another one that runs: what is its own."""
+    """A VM that begins as a copy of another one that runs: what is its own; `together` is how many begin at once with it."""
 
     name: str
     id: str
+    together: int = 1
     nics: tuple[BootNic, ...] = ()
     disks: tuple[BootDisk, ...] = ()
 
