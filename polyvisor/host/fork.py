@@ -22,7 +22,7 @@ from polyvisor.drivers.qemu.agent import has_agent_port
 from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host import disks, identity, prepare
-from polyvisor.host.keys import KNOWN_HOSTS, SSH, give_host_key, read_host_key
+from polyvisor.host.keys import KNOWN_HOSTS, LOGIN, SSH, give_host_key, read_host_key
 from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, boot_nics
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import FORKING, UNBORN, WARM, VMDirectory
@@ -74,6 +74,8 @@ async def fork(host: Host, name: str, names: Sequence[str], progress: Progress) 
     """Make the VMs `names` from VM `name`, which runs or is paused, as they are to be. See `HostApi.fork`."""
     await event_loop()
     check_names(names)
+    if name in names:
+        raise _there_is(name)
     async with AsyncExitStack() as held:
         vm = await held.enter_async_context(host.store.locked(name, "fork"))
         runs = await require_forkable(host, vm)
@@ -127,8 +129,11 @@ def make_room(place: VMDirectory) -> None:
     if not place.path.is_dir():
         return
     if not place.is_unborn():
-        hint = f"choose another name, or: polyvisor rm {place.name}"
-        raise AlreadyExists(f"there is a VM '{place.name}' already", hint=hint)
+        raise _there_is(place.name)
+
+
+def _there_is(name: str) -> AlreadyExists:
+    return AlreadyExists(f"there is a VM '{name}' already", hint=f"choose another name, or: polyvisor rm {name}")
 
 
 async def take(host: Host, vm: VMDirectory, progress: Progress, *, runs: bool) -> Source:
@@ -243,14 +248,17 @@ async def _give_keys(host: Host, source: Source, fork: VMDirectory, record: Reco
     """A host key of the fork's own, where its guest can be given it; otherwise the source's, which it goes on showing."""
     known = fork.path / KNOWN_HOSTS
     if source.image.seed is Seed.NONE or source.refusal:
-        shutil.copytree(source.vm.path / SSH, fork.path / SSH)
         with storage_errors("copying the host key"):
-            known.write_text(
-                known.read_text().replace(source.record.spec.name, record.spec.name) if known.exists() else ""
-            )
+            shutil.copytree(source.vm.path / SSH, fork.path / SSH)
+            lines = known.read_text().splitlines(keepends=True) if known.exists() else []
+            known.write_text("".join(f"{record.spec.name} {line.partition(' ')[2]}" for line in lines))
         return
     await give_host_key(fork.path, host.home.keys)
-    known.write_text(f"{record.spec.name} {read_host_key(fork.path).public}\n")
+    with storage_errors("writing the host key"):
+        known.write_text(f"{record.spec.name} {read_host_key(fork.path).public}\n")
+        if (source.vm.path / LOGIN).exists():  # the guest lets nobody else in
+            shutil.copyfile(source.vm.path / LOGIN, fork.path / LOGIN)
+            (fork.path / LOGIN).chmod(0o600)
 
 
 def _copy_files(source: Source, fork: VMDirectory) -> None:

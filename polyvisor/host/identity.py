@@ -1,7 +1,7 @@
 """Telling the guest of a fork, which believes to be another VM, who it is: name, keys, random numbers, time.
 
 One line on the guest's second serial port, for the agent that images of ours have (images/data/tiny/agent, and debian's). It
-answers when it is done. Until then the file `renewing` in the VM's directory says that the answer is awaited:
+answers when it is done. Until then the file `renewing` in the VM's directory says that the answer is awaited, and to what:
 
     polyvisor-identity 1 id=UUID name=NAME time=SECONDS seed=HEX macs=OLD/NEW,… dropbear=OCTAL openssh=OCTAL
     polyvisor-renewed UUID
@@ -65,8 +65,17 @@ def to_be_told(vm: VMDirectory, source: Record, image: Image) -> bytes:
     """What the guest of a fork, whose directory this is, is to be told; from now on its answer is awaited."""
     record = vm.record
     key = read_host_key(vm.path) if image.seed is not Seed.NONE else None
-    expect(vm.path, record.id)
-    return message(record, source, key, time.time(), image.seed)
+    told = message(record, source, key, time.time(), image.seed)
+    expect(vm.path, record.id, told)
+    return told
+
+
+def told_again(vm: VMDirectory) -> bytes:
+    """What a guest that has not answered is told again, by way of another process of its VM; nothing where it has."""
+    if look(vm):
+        return b""
+    with storage_errors(f"reading what the guest of VM '{vm.name}' was told"):
+        return (vm.path / RENEWING).read_bytes().partition(b"\n")[2]
 
 
 def mac_addresses(record: Record) -> tuple[str, ...]:
@@ -79,25 +88,27 @@ def changed_macs(record: Record, source: Record) -> Sequence[tuple[str, str]]:
     return [(old, new) for nic, old, new in pairs if nic.network != "user"]
 
 
-def expect(vm: Path, vm_id: str) -> None:
-    """Note in a VM's directory that its guest has been told, and has not answered so far."""
+def expect(vm: Path, vm_id: str, told: bytes) -> None:
+    """Note in a VM's directory what its guest is told, which has not answered so far."""
     with storage_errors("noting that a guest was told who it is"):
         (vm / f"{RENEWING}.heard").unlink(missing_ok=True)
-        (vm / RENEWING).write_text(vm_id)
+        (vm / RENEWING).unlink(missing_ok=True)
+        (vm / RENEWING).touch(mode=0o600)
+        (vm / RENEWING).write_bytes(vm_id.encode() + b"\n" + told)
 
 
 def look(vm: VMDirectory) -> bool:
     """Whether the guest is who it is to be; its answer is taken note of."""
     place = vm.path / RENEWING
     try:
-        vm_id = place.read_text()
+        vm_id = place.read_bytes().partition(b"\n")[0]
     except FileNotFoundError:
         return True
     said = vm.path / f"{RENEWING}.heard"
     with storage_errors(f"listening to the guest of VM '{vm.name}'"):
         answer = said.read_bytes() if said.exists() else b""  # it may come in pieces
         answer += heard(vm)
-        if f"polyvisor-renewed {vm_id}".encode() not in answer:
+        if b"polyvisor-renewed " + vm_id not in answer:
             said.write_bytes(answer[-_KEPT_BYTES:])  # a guest may say anything, for ever
             return False
         place.unlink(missing_ok=True)

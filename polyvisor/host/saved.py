@@ -26,7 +26,7 @@ from polyvisor.drivers.base import BootNic, Driver
 from polyvisor.errors import CannotStart, InvalidInput, PolyvisorError, WrongState
 from polyvisor.files import read_small, storage_errors, sync_directory, translated, write_atomic
 from polyvisor.host.record import FORMAT, Launch, boot_id, checked
-from polyvisor.host.store import VMDirectory
+from polyvisor.host.store import FORKING, VMDirectory
 from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
 from polyvisor.spec.parse import structure
@@ -115,10 +115,11 @@ async def save(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
     """Save a VM and end its process; one that is saved stays so. Where it fails the VM goes on as before."""
     if await _is_done(vm, driver):
         return
-    # An earlier save that was cut off may have paused it, rather than the user.
-    paused = (await driver.inspect(vm)).state is VMState.PAUSED and not _note(vm).exists()
+    # An earlier save or fork that was cut off may have paused it, rather than the user.
+    paused = (await driver.inspect(vm)).state is VMState.PAUSED and not (_note(vm).exists() or vm.is_forking())
     try:
         _begin(vm, paused)
+        (vm.path / FORKING).unlink(missing_ok=True)
         await _write(vm, driver, paused, progress)
     except BaseException as error:
         await _undo(vm, driver, paused)
@@ -254,6 +255,11 @@ async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootN
         await driver.restore(vm, command, vm.record.user, fd, progress)
     finally:
         os.close(fd)
+    if vm.is_renewing():
+        from polyvisor.drivers.qemu.agent import tell
+        from polyvisor.host.identity import told_again
+
+        tell(vm, told_again(vm))
 
 
 async def finish(vm: VMDirectory, driver: Driver, state: State | None = None) -> None:

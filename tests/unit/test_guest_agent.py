@@ -24,6 +24,7 @@ from tests.golden.boots import QEMU, TINY
 
 ID = "6f4d0a54-1f0a-4b5e-9d0e-2b7f6a1c9e11"
 OTHER = "00000000-0000-4000-8000-000000000001"
+TOLD = b"\n\npolyvisor-identity 1 id=x\n"
 RENEWED = f"polyvisor-renewed {ID}\n".encode()
 
 
@@ -185,7 +186,7 @@ class TestAnswer:
         assert identity.look(vm)
 
     def test_an_answer(self, vm: VMDirectory, guest: Guest) -> None:
-        identity.expect(vm.path, ID)
+        identity.expect(vm.path, ID, TOLD)
         assert vm.is_renewing()
         assert not identity.look(vm)
         os.write(guest.says, RENEWED)
@@ -194,9 +195,20 @@ class TestAnswer:
         assert list(vm.path.glob("renewing*")) == []
         guest.close()
 
+    def test_what_was_told_is_told_again_until_there_is_an_answer(self, vm: VMDirectory, guest: Guest) -> None:
+        """A VM that is saved meanwhile goes on in another process, which has pipes of its own."""
+        assert identity.told_again(vm) == b""
+        identity.expect(vm.path, ID, TOLD)
+        assert (vm.path / "renewing").stat().st_mode & 0o777 == 0o600, "there is a private key in it"
+        assert identity.told_again(vm) == TOLD
+        os.write(guest.says, RENEWED)
+        assert identity.told_again(vm) == b""
+        assert not vm.is_renewing()
+        guest.close()
+
     def test_one_that_comes_in_pieces(self, vm: VMDirectory, guest: Guest) -> None:
         """Each piece may be heard by another command."""
-        identity.expect(vm.path, ID)
+        identity.expect(vm.path, ID, TOLD)
         for i in range(len(RENEWED) - 2):
             os.write(guest.says, RENEWED[i : i + 1])
             assert not identity.look(VMDirectory(vm.path)), i
@@ -206,7 +218,7 @@ class TestAnswer:
 
     def test_another_one_s(self, vm: VMDirectory, guest: Guest) -> None:
         """What the source's guest said before it was copied."""
-        identity.expect(vm.path, ID)
+        identity.expect(vm.path, ID, TOLD)
         os.write(guest.says, b"login: polyvisor-renewed " + OTHER.encode() + b"\n")
         assert not identity.look(vm)
         os.write(guest.says, b"\xff\x00 noise " + RENEWED)
@@ -214,7 +226,7 @@ class TestAnswer:
         guest.close()
 
     def test_a_guest_that_talks_without_end_does_not_fill_the_disk(self, vm: VMDirectory, guest: Guest) -> None:
-        identity.expect(vm.path, ID)
+        identity.expect(vm.path, ID, TOLD)
         for _ in range(50):
             os.write(guest.says, b"x" * 4096)
             assert not identity.look(vm)
@@ -224,7 +236,7 @@ class TestAnswer:
         guest.close()
 
     async def test_one_that_never_comes(self, vm: VMDirectory, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-        identity.expect(vm.path, ID)
+        identity.expect(vm.path, ID, TOLD)
         monkeypatch.setattr(VMDirectory, "alive", lambda _: True)
         with pytest.raises(TimedOut, match="own name and keys"):
             await identity.until_renewed(vm, 0.1, silent)
