@@ -164,7 +164,6 @@ class TestFork:
     def test_a_crowd_keeps_less_translated_code(self) -> None:
         many = fork_argv(started(TINY), MACHINE, 7, replace(FORK, together=100))
         assert values(many, "-accel") == ["tcg,thread=multi,tb-size=8"]
-        assert _with_buffer("kvm", 8) == "kvm"
 
     def test_its_memory_is_private(self) -> None:
         assert memory_argv(started(TINY), 3, share=False)[1].split(",")[-2:] == ["share=off", EXACT]
