@@ -376,6 +376,8 @@ class TestCompletion:
             ("polyvisor image inspect ti", {"tiny"}, {"web-1"}),
             ("polyvisor image inspect home/vms/w", {"home/vms/web-1/"}, {"tiny"}),
             ("polyvisor ls --state p", {"paused"}, {"running"}),
+            ("polyvisor snapshot revert db ", {"ok"}, {".new-ok", "web-1"}),
+            ("polyvisor clone db new --snapshot o", {"ok"}, {"db"}),
         ],
     )
     def test_what_the_shell_is_told(
@@ -384,6 +386,8 @@ class TestCompletion:
         monkeypatch.chdir(home.parent)
         for name in ("web-1", "web-2", "db", ".new-x"):
             (home / "vms" / name).mkdir(parents=True)
+        for name in ("ok", ".new-ok"):
+            (home / "vms/db/snapshots" / name).mkdir(parents=True)
         found = completions(line)
         assert holds <= found
         assert not lacks & found
