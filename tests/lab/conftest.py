@@ -57,6 +57,11 @@ IN_TURN = {
     "test_vcpus_are_added_and_removed_while_the_guest_runs": Mode.PVH,
     "test_memory_grows_and_shrinks_while_the_guest_runs": Mode.PVH,
     "test_weight_and_limit": Mode.PV,
+    "test_a_saved_vm_goes_on_where_it_was": Mode.PVH,
+    "test_a_paused_vm_is_paused_again": Mode.PV,
+    "test_a_saved_vm_is_not_alive": Mode.PV,
+    "test_only_a_live_vm_can_be_saved": Mode.PV,
+    "test_forwards_are_those_of_the_start": Mode.PVH,
 }
 HOMES = 100
 HOSTS = 2

@@ -180,8 +180,15 @@ class QemuDriver:
         return Command(argv=qemu.renewed(restoring_argv(launch.argv, machine, nics, vcpus)), version=qemu.version)
 
     async def restore(
-        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+        self,
+        vm: VMDirectory,
+        command: Command,
+        nics: tuple[BootNic, ...],
+        user: int | None,
+        file: int,
+        progress: Progress,
     ) -> Observed:
+        """The command has the cards already."""
         from polyvisor.drivers.qemu.migration import read_memory
 
         launch = vm.launch()

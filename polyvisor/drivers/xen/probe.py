@@ -10,7 +10,6 @@ from polyvisor.network.bridge import missing_programs
 from polyvisor.status import Accelerator, Capabilities
 
 MISSING = {
-    "save": "saving VMs of Xen is not there yet",
     "uefi": "UEFI firmware for guests of Xen is not there yet",
     "nested": "guests of Xen can't run VMs",
     "vcpus-remove-hvm": "Xen's QEMU plugs vCPUs in and does not pull them out of an HVM guest",
