@@ -101,6 +101,7 @@ class XenDriver:
         try:
             meanwhile()
             await self._until_begun(vm, process)
+            await _require_disks(vm, config)
         except BaseException:
             await self._undo(vm, process)
             raise
@@ -314,6 +315,7 @@ class XenDriver:
             try:
                 await read_memory(process, writing, file, progress)
                 await self._until_begun(vm, process)
+                await _require_disks(vm, command.config)
             except BaseException:
                 await self._undo(vm, process)
                 raise
@@ -375,6 +377,14 @@ def _loader(boot: Boot) -> Path | None:
     if found := find_loader(boot.mode):
         return found
     raise Unavailable(missing_loaders()[f"disk-{boot.mode}"])
+
+
+async def _require_disks(vm: VMDirectory, config: str) -> None:
+    """Raise CannotStart where the domain that xl has just made lacks one of its disks."""
+    if has_qemu_disks(config) and (domain := told(vm).domain) is not None:
+        from polyvisor.drivers.xen.disks import require_served
+
+        await require_served(domain, vm.name)
 
 
 async def _find(vm: VMDirectory) -> Domain | None:
