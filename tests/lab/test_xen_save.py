@@ -12,10 +12,9 @@ import pytest
 from polyvisor.errors import CannotStart, PolyvisorError, StorageFull
 from polyvisor.host.api import HostApi
 from polyvisor.lab.lab import Lab
-from polyvisor.remote.host import RemoteHost
 from polyvisor.spec.vm import Disk, Mode, Nic, VMSpec
 from polyvisor.status import VMState
-from tests.lab.xen_guest import BOOT_S, on_host, says, until
+from tests.lab.xen_guest import BOOT_S, home_of, on_host, says, until
 from tests.thorough import THOROUGH
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]
@@ -85,12 +84,6 @@ async def counting(request: pytest.FixtureRequest, api: HostApi) -> AsyncIterato
 
 def of(mode: Mode, *disks: Disk) -> object:
     return pytest.param((mode, disks), id=mode.value)
-
-
-def home_of(api: HostApi) -> str:
-    """Where on the host the VMs of `api` are."""
-    assert isinstance(api, RemoteHost)
-    return str(api.entry.home)
 
 
 @pytest.mark.parametrize("counting", [of(mode, Disk(size_gib=1)) for mode in MODES], indirect=True)

@@ -9,15 +9,22 @@ import pytest
 
 from polyvisor.host.api import HostApi
 from polyvisor.lab.lab import Lab
+from polyvisor.remote.host import RemoteHost
 from polyvisor.ssh import execute
 from polyvisor.status import VMState
 
 BOOT_S = 300.0
 
 
+def home_of(api: HostApi) -> str:
+    """Where on the host the VMs of `api` are."""
+    assert isinstance(api, RemoteHost)
+    return str(api.entry.home)
+
+
 async def on_host(lab: Lab, script: str) -> str:
     """What `script` prints, run by a shell of the host."""
-    return (await execute(lab.host, "lab-xen1", ["sh", "-c", script], timeout_s=120)).stdout
+    return (await execute(lab.host, "lab-xen1", ["sh", "-c", script], timeout_s=300)).stdout
 
 
 async def log(api: HostApi, name: str, *, hypervisor: bool = False) -> str:
