@@ -150,6 +150,9 @@ class Driver(Protocol):
     async def kill(self, vm: VMDirectory) -> None:
         """End the VM now, and return when it has ended; a VM that is not alive is left as it is."""
 
+    def ends_where_it_reboots(self, vm: VMDirectory) -> bool:
+        """Whether the VM ends when its guest reboots, so that it takes a stop and a start instead of `reboot` or `reset`."""
+
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Let the guest shut down, and boot again within the same VM; raises TimedOut."""
 

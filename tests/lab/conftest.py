@@ -48,6 +48,7 @@ IN_TURN = {
     "test_stop_shuts_the_guest_down_and_disks_are_kept": Mode.PV,
     "test_poweroff_inside_the_guest_stops_the_vm": Mode.PVH,
     "test_reboot_inside_the_guest_keeps_console_ports_and_ssh": Mode.PV,
+    "test_the_verb_reboot_starts_it_again_all_the_same": Mode.PV,
     "test_the_console_is_a_login": Mode.PV,
     "test_forwards_of_the_spec_and_of_a_running_vm": Mode.PV,
     "test_a_taken_port_is_refused": Mode.PV,

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from polyvisor.drivers.xen import disks, driver, resize, xenctrl, xl
+from polyvisor.drivers.xen import disks, dom0, driver, resize, xenctrl, xl
 from polyvisor.errors import CannotStart, ProcessFailed, TimedOut
+from polyvisor.home import Home
+from polyvisor.host.host import Host
 from polyvisor.host.store import VMDirectory
+from polyvisor.operation import Progress
 from polyvisor.spec.resources import Resources
-from polyvisor.status import VMState
+from polyvisor.spec.vm import OnReboot
+from polyvisor.status import VMState, VMStatus
 from tests.golden.xl_boots import XL_BOOTS
-from tests.unit.xen_host import DRIVER, domains, start, until_ended
+from tests.unit.xen_host import DRIVER, domains, made, start, until_ended
 
 GROWN = Resources(vcpus=1, vcpus_max=4, memory_mib=128, memory_max_mib=512)
 PATIENCE_S = 1.5
@@ -145,3 +149,32 @@ async def test_a_guest_without_its_disk_has_not_started(
     (xen / "backends").write_text(BACKENDS.format(first="2", second="2"))
     assert (await start(vm, disks=XL_BOOTS["pv-disks"].disks)).state is VMState.RUNNING
     await DRIVER.kill(vm)
+
+
+async def test_a_guest_that_stops_where_it_reboots(xen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb stops it and starts it; one that does not listen runs on, and with force is not asked."""
+    monkeypatch.setattr(dom0, "is_dom0", lambda: True)
+    home = Home(tmp_path / "home")
+    home.prepare()
+    host = Host(home)
+    vm = made(home.vms / "web")
+    vm.write_record(replace(vm.record, spec=replace(vm.record.spec, on_reboot=OnReboot.STOP)))
+    vm = VMDirectory(vm.path)
+    await start(vm, on_reboot=OnReboot.STOP)
+    starts = []
+
+    async def again(self: Host, vm: VMDirectory, progress: Progress, *, fresh: bool = False) -> VMStatus:
+        assert domains(xen) == [] and not vm.alive()
+        starts.append(await start(vm, on_reboot=OnReboot.STOP))
+        return await self._status(vm)
+
+    monkeypatch.setattr(Host, "_start", again)
+    assert (await host.reboot("web", timeout_s=10)).state is VMState.RUNNING
+    assert (len(starts), domains(xen)) == (1, ["2"])
+    (xen / "deaf").touch()
+    with pytest.raises(TimedOut, match="did not shut down"):
+        await host.reboot("web", timeout_s=0.5)
+    assert (len(starts), domains(xen)) == (1, ["2"])
+    assert (await host.reboot("web", force=True)).state is VMState.RUNNING
+    assert (len(starts), domains(xen)) == (2, ["3"])
+    await host.kill("web")

@@ -134,6 +134,8 @@ else:
         os.unlink(D + "/" + str(i))
     elif verb == "pause" and its.startswith("suspended"):
         become(i, "suspended-paused")
+    elif verb == "shutdown" and os.path.exists(D + "/deaf"):
+        pass
     else:
         become(i, dict(pause="paused", unpause="running", shutdown="0", reboot="1", crash="3")[verb])
 """

@@ -25,7 +25,7 @@ from polyvisor.drivers.xen.loaders import find_loader, missing_loaders
 from polyvisor.drivers.xen.log import is_xl, log_text, note, told
 from polyvisor.drivers.xen.migration import MARK, settle, wake_keeper, was_paused
 from polyvisor.drivers.xen.probe import probe
-from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
+from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, WrongState
 from polyvisor.files import storage_errors, write_atomic
 from polyvisor.host.record import Launch, boot_id
 from polyvisor.host.store import VMDirectory
@@ -36,7 +36,7 @@ from polyvisor.operation import Progress
 from polyvisor.process import NOTHING, spawn_detached
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Resources
-from polyvisor.spec.vm import Mode
+from polyvisor.spec.vm import Mode, OnReboot
 from polyvisor.status import Capabilities, Usage, VMState
 from polyvisor.waiting import event_loop, pause
 
@@ -234,10 +234,12 @@ class XenDriver:
         (vm.path / MARK).unlink(missing_ok=True)
         await self._bridge.leave(vm.alive_file)
 
+    def ends_where_it_reboots(self, vm: VMDirectory) -> bool:
+        """What xl does when a guest reboots was settled when it started."""
+        return vm.record.spec.on_reboot is OnReboot.STOP
+
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Ask the guest to reboot, upon which xl starts it anew; raises TimedOut."""
-        if vm.record.spec.on_reboot.value == "stop":
-            raise Unsupported(f"VM '{vm.name}' stops where it reboots (on_reboot: stop)", hint="stop it, then start it")
         await self._anew(vm, timeout_s, lambda domain: xl.xl("reboot", "-F", str(domain.id)))
 
     async def reset(self, vm: VMDirectory) -> None:
