@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
-from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, Unsupported, WrongState
+from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details
 from polyvisor.host.forker import Forker
@@ -301,16 +301,21 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
             return await self._status(vm)
 
     async def _stop(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
-        began = time.monotonic()
         if vm.alive() and timeout_s > 0:
-            observed = await self.drivers.of(vm).inspect(vm)
-            restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
-            if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
-                await self._press_power_button(vm, observed.state)
-                while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
-                    progress(Step("shutting down", int(waited), int(timeout_s), "s"))
-                    await pause(_POLL_S)
+            await self._shut_down(vm, timeout_s, progress)
         await self._end(vm)
+
+    async def _shut_down(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> bool:
+        """Press the power button and wait for the guest to end the VM; returns whether it has."""
+        began = time.monotonic()
+        observed = await self.drivers.of(vm).inspect(vm)
+        restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
+        if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
+            await self._press_power_button(vm, observed.state)
+            while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
+                progress(Step("shutting down", int(waited), int(timeout_s), "s"))
+                await pause(_POLL_S)
+        return not vm.alive()
 
     async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:
         try:
@@ -335,8 +340,19 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
             await self._require_whole(vm, "reboot")
             self._let_run(vm)
             progress(Step("rebooting"))
-            await (self.drivers.of(vm).reset(vm) if force else self.drivers.of(vm).reboot(vm, timeout_s))
+            driver = self.drivers.of(vm)
+            if driver.ends_where_it_reboots(vm):
+                return await self._boot_anew(vm, 0.0 if force else timeout_s, progress)
+            await (driver.reset(vm) if force else driver.reboot(vm, timeout_s))
             return await self._status(vm)
+
+    async def _boot_anew(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> VMStatus:
+        """Stop a VM and start it; raises TimedOut where its guest does not shut down, which then is left as it is."""
+        if timeout_s and not await self._shut_down(vm, timeout_s, progress):
+            problem = f"the guest of VM '{vm.name}' did not shut down"
+            raise TimedOut(problem, hint="it may ignore the power button; use --force to press reset")
+        await self._end(vm)
+        return await self._start(vm, progress)
 
     async def pause(self, name: str) -> VMStatus:
         async with self._locked(name, "pause") as vm:
