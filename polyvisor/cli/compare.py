@@ -77,6 +77,8 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _file_flags(parser: argparse.ArgumentParser) -> None:
+    about = "write the report as one HTML page too, with plots"
+    parser.add_argument("--html", metavar="FILE", default=argparse.SUPPRESS, help=about)
     parser.add_argument(
         "--markdown", metavar="FILE", default=argparse.SUPPRESS, help="write the report as Markdown too"
     )
@@ -232,10 +234,11 @@ def _drawn(results: Results, options: argparse.Namespace) -> Report:
 
 
 def _show(context: Context, options: argparse.Namespace, report: Report) -> int:
+    from polyvisor.compare.html import page
     from polyvisor.compare.text import markdown
     from polyvisor.files import storage_errors, write_atomic
 
-    for name, text in _forms(options, report, {"markdown": markdown}).items():
+    for name, text in _forms(options, report, {"html": page, "markdown": markdown}).items():
         with storage_errors(f"writing {name}"):
             write_atomic(Path(name), text, mode=0o644)
     if context.json:

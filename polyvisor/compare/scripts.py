@@ -6,6 +6,8 @@ What is counted runs for two seconds, what is timed for at least one.
 
 from __future__ import annotations
 
+import re
+
 COUNT_S = 2
 
 
@@ -26,7 +28,9 @@ def per_second(said: str) -> float:
 
 
 def growing(work: str, first: int) -> str:
-    """A script that does `work` for $n MiB, from `first` on, twice as many until it takes a second: less tells of the clock.
+    """A script that does `work` for $n (MiB, loops), from `first` on, twice as many until it takes a second.
+
+    What takes less tells more of the clock than of the work.
 
     It prints n, and how many hundredths of a second it took.
     """
@@ -41,7 +45,21 @@ while :; do
 done"""
 
 
-def mib_per_second(said: str) -> float:
-    """What `growing` has timed."""
+def amount_per_second(said: str) -> float:
+    """How much `growing` has done in a second."""
     amount, hundredths = said.split()
     return int(amount) * 100 / int(hundredths)
+
+
+def stress(stressor: str) -> str:
+    """A script that runs one stressor of stress-ng(1) for a while."""
+    return f"cd /tmp && stress-ng --{stressor} 1 --timeout {COUNT_S} --metrics-brief 2>&1"
+
+
+def stressed(stressor: str, said: str) -> float:
+    """How many of its operations it did in one second of real time."""
+    # stressor, operations, seconds: real, user, system; operations for each real second.
+    found = re.search(rf"\b{stressor}\s+\d+\s+[\d.]+\s+[\d.]+\s+[\d.]+\s+([\d.]+)", said)
+    if found is None:
+        raise ValueError("stress-ng told no metrics")
+    return float(found[1])

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from polyvisor.cli.context import to_json
 from polyvisor.cli.main import run
+from polyvisor.compare.html import page
+from polyvisor.compare.plot import LEFT, RIGHT, WIDTH, axis, colors_of, plot
 from polyvisor.compare.report import EMULATED, change_of, diff_of, figure, report_of
 from polyvisor.compare.results import Measurement, Results, write
 from polyvisor.compare.statistics import Verdict, compare
@@ -175,3 +180,31 @@ class TestCommand:
         assert "syscalls" in capsys.readouterr().out
         assert run(["compare", "--list", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["metrics"][0]["unit"]
+
+
+class TestPage:
+    def test_a_plot_has_every_value_and_says_what_it_is(self, found: Results) -> None:
+        report = report_of(found)
+        drawn = plot(report.rows[0], colors_of(["tcg", "kvm"]))
+        root = ElementTree.fromstring(drawn)
+        assert root.get("aria-label") == "a: speed in 1/s"
+        circles = root.findall("circle")
+        assert len(circles) == 16
+        assert all(LEFT <= float(str(circle.get("cx"))) <= WIDTH - RIGHT for circle in circles)
+
+    @given(st.lists(st.floats(-1e9, 1e9, allow_subnormal=False), min_size=1, max_size=20))
+    def test_an_axis_holds_its_values_and_has_a_few_round_ticks(self, values: list[float]) -> None:
+        low, high, ticks = axis(values)
+        slack = 1e-6 * max(1, *map(abs, values))
+        assert low <= min(values) + slack and high >= max(values) - slack and low < high
+        assert 2 <= len(ticks) <= 12
+
+    def test_names_from_elsewhere_stay_text(self, found: Results) -> None:
+        hostile = replace(found, environments={"tcg": {"<b>key": '"><script>x</script>'}}, version="<i>")
+        text = page(report_of(hostile))
+        assert "<script" not in text and "<b>key" not in text and "<i>" not in text
+        assert "&lt;script&gt;" in text
+
+    def test_targets_that_share_a_host_share_its_column(self, found: Results) -> None:
+        text = page(report_of(replace(found, environments={"tcg": {"cpu": "A"}, "kvm": {"cpu": "A"}})))
+        assert "<th>tcg, kvm</th>" in text
