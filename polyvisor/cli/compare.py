@@ -34,6 +34,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--hosts", metavar="HOSTS", help="hosts to measure on, by commas (default: this one, and those of the lab)"
     )
     parser.add_argument("--workloads", metavar="NAMES", help="what to measure, by commas (default: everything)")
+    parser.add_argument(
+        "--features", action="store_true", help="find out what each target can do by doing it, instead of measuring"
+    )
     parser.add_argument("--list", action="store_true", help="list the workloads and what they measure, and end")
     parser.add_argument(
         "--quick", action="store_true", help="a few cheap workloads on image tiny, within ten minutes by default"
@@ -87,6 +90,8 @@ def _file_flags(parser: argparse.ArgumentParser) -> None:
 def _compare(context: Context, options: argparse.Namespace) -> int:
     if options.list:
         return _list(context)
+    if options.features:
+        return _features(context, options)
     from polyvisor.compare import statistics
 
     statistics.require()
@@ -207,6 +212,44 @@ def _list(context: Context) -> int:
         return 0
     rows = [(w.name, "yes" if w.quick else "", ", ".join(m.name for m in w.metrics), w.about) for w in every]
     print(table(("WORKLOAD", "QUICK", "METRICS", "WHAT IT DOES"), rows))
+    return 0
+
+
+def _features(context: Context, options: argparse.Namespace) -> int:
+    """Probe targets, one after the other; Ctrl-C ends it."""
+    from polyvisor.compare.features import Finding, Prober, probe
+    from polyvisor.compare.place import choose_targets
+    from polyvisor.compare.session import have_image
+    from polyvisor.compare.target import Kind
+
+    for name in ("workloads", "runs", "limit", "output", "resume"):
+        if getattr(options, name) is not None:
+            raise InvalidInput(name, getattr(options, name), "stands beside --features", hint="leave one of them out")
+    image = options.image or "tiny"
+
+    async def work() -> list[Finding]:
+        places = await _places(context, options, None)
+        try:
+            targets = choose_targets(_words(options.targets), list(places.values()), everywhere=bool(options.hosts))
+            if any(target.kind is Kind.NATIVE for target in targets):
+                raise InvalidInput("targets", "native", "has no guest to be probed", hint="leave it out")
+            await have_image(image, targets, places, context.progress)
+            found = []
+            for target in targets:
+                place = places[target.host]
+                prober = Prober(target, place.api, place.shell, f"probe-{target.label}", image)
+                found += await probe(prober, context.progress)
+            return found
+        finally:
+            for place in places.values():
+                await place.api.close()
+
+    findings = context.run(work())
+    if context.json:
+        context.print_json(findings)
+    else:
+        rows = [(f.feature, f.target, f.outcome.value, f.detail) for f in findings]
+        print(table(("FEATURE", "TARGET", "RESULT", "WHAT WAS SEEN"), sorted(rows, key=lambda row: row[0])))
     return 0
 
 

@@ -26,6 +26,7 @@ class Life:
     programs: tuple[Program, ...] = ()
     quick: bool = True
     native: bool = False
+    peer: bool = False
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from polyvisor.compare.cap import CpuCap
@@ -17,6 +18,7 @@ from polyvisor.compare.target import Target
 from polyvisor.errors import NotFound, PolyvisorError, ProcessFailed, TimedOut, Unsupported, WrongState
 from polyvisor.host.api import HostApi
 from polyvisor.process import Completed
+from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
 from polyvisor.ssh import execute
 
@@ -39,6 +41,9 @@ class Machine(Protocol):
 
     async def prepared(self, name: str, script: str) -> None:
         """Run `script` unless it was run here already under this name."""
+
+    async def prepared_peer(self, name: str, script: str) -> None:
+        """The same in a second guest of this kind, on the network of the second card; it is made where there is none."""
 
     async def lacking(self, programs: list[str]) -> list[str]:
         """Which of `programs` are not there."""
@@ -107,6 +112,9 @@ class Native(_Base):
         with self._capped():
             return _checked(await self._shell(script, timeout_s), script)
 
+    async def prepared_peer(self, name: str, script: str) -> None:
+        raise Unsupported("the host itself has no second guest beside it")
+
     async def time_of(self, event: str) -> float:
         raise Unsupported(f"'{event}' is of guests: the host itself has none")
 
@@ -133,6 +141,7 @@ class Guest(_Base):
         self._times: dict[str, float] = {}
         self._free_mib = 0
         self._up = self._saved = False
+        self._peer: Guest | None = None
 
     async def up(self) -> None:
         """Have the guest run, and answer."""
@@ -158,6 +167,18 @@ class Guest(_Base):
         await self._api.wait_for_ssh(name, timeout_s=BOOT_S)
         self._up = True
 
+    async def set_at_rest(self, changes: Changes) -> None:
+        """Stop the guest, change its settings, and start it again."""
+        await self.up()
+        name = self.spec.name
+        await self._api.stop(name)
+        self._up = False
+        await self._api.set(name, changes)
+        with self._capped():
+            await self._api.start(name)
+        await self._api.wait_for_ssh(name, timeout_s=BOOT_S)
+        self._up = True
+
     async def _until_login(self) -> None:
         """Wait until the guest's console offers a login; raises TimedOut, WrongState where the guest ends before."""
         said = b""
@@ -176,6 +197,12 @@ class Guest(_Base):
         await self.up()
         completed = await execute(self._api, self.spec.name, ["sh", "-c", script], timeout_s=timeout_s)
         return _checked(completed, script)
+
+    async def prepared_peer(self, name: str, script: str) -> None:
+        if self._peer is None:
+            spec = replace(self.spec, name=f"{self.spec.name[:58]}-peer")
+            self._peer = Guest(self.target, self._api, self._shell, spec)
+        await self._peer.prepared(name, script)
 
     async def time_of(self, event: str) -> float:
         if event in ("create", "start", "boot"):
@@ -232,8 +259,12 @@ class Guest(_Base):
         self._prepared.clear()
         with contextlib.suppress(NotFound):
             await self._api.remove(self.spec.name, force=True)
+        if self._peer is not None:
+            await self._peer.discard()
 
     async def close(self) -> None:
         await self.discard()
+        if self._peer is not None:
+            await self._peer.close()
         if self._cap:
             self._cap.close()

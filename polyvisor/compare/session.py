@@ -18,6 +18,7 @@ from polyvisor.compare.workload import Workload, all_workloads, choose_workloads
 from polyvisor.errors import Unavailable, WrongState
 from polyvisor.operation import Progress
 from polyvisor.remote.transfer import copy_image
+from polyvisor.spec.vm import Nic
 
 LABEL = "polyvisor.compare"
 
@@ -73,6 +74,8 @@ def machines_of(results: Results, places: Mapping[str | None, Place]) -> dict[st
             found[target.label] = Native(target, place.shell, name)
         else:
             spec = spec_of(target, name, results.plan.image, {LABEL: results.id})
+            if any(all_workloads()[each].peer for each in results.plan.workloads):
+                spec = replace(spec, nics=(*spec.nics, Nic(network=f"private:compare-{results.id}")))
             found[target.label] = Guest(target, place.api, place.shell, spec)
     return found
 

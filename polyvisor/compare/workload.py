@@ -49,7 +49,10 @@ class Program:
 
 
 class Workload(Protocol):
-    """`quick` says whether it is among those of a quick comparison; `native` whether a host itself can be measured by it."""
+    """`quick` says whether it is among those of a quick comparison; `native` whether a host itself can be measured by it.
+
+    `peer` says whether it takes a second guest, which the first one reaches by its second network card.
+    """
 
     @property
     def name(self) -> str: ...
@@ -65,6 +68,8 @@ class Workload(Protocol):
     def quick(self) -> bool: ...
     @property
     def native(self) -> bool: ...
+    @property
+    def peer(self) -> bool: ...
 
     async def measure(self, machine: Machine) -> dict[str, float]:
         """Every metric's value, by its name; raises errors of Polyvisor."""
@@ -75,7 +80,7 @@ class Script:
     """A workload that is a shell script for the guest; `read` finds the metrics in what it prints.
 
     `script` must do with a POSIX shell, and ends within `timeout_s` seconds on the slowest target. `prepare` is run before,
-    once per guest, and counts for nothing.
+    once per guest, and counts for nothing; so is `prepare_peer`, in a second guest.
     """
 
     name: str
@@ -85,12 +90,19 @@ class Script:
     read: Callable[[str], dict[str, float]]
     programs: tuple[Program, ...] = ()
     prepare: str = ""
+    prepare_peer: str = ""
     quick: bool = False
     native: bool = True
     timeout_s: float = 300.0
     stage: Stage = Stage.INSIDE
 
+    @property
+    def peer(self) -> bool:
+        return bool(self.prepare_peer)
+
     async def measure(self, machine: Machine) -> dict[str, float]:
+        if self.prepare_peer:
+            await machine.prepared_peer(self.name, self.prepare_peer)
         if self.prepare:
             await machine.prepared(self.name, self.prepare)
         said = await machine.run(self.script, timeout_s=self.timeout_s)

@@ -96,6 +96,9 @@ class Fake:
     async def prepared(self, name: str, script: str) -> None:
         self.log.append(f"prepare {name}")
 
+    async def prepared_peer(self, name: str, script: str) -> None:
+        self.log.append(f"prepare peer of {name}")
+
     async def lacking(self, programs: list[str]) -> list[str]:
         return [name for name in programs if name not in self.programs]
 

@@ -24,6 +24,7 @@ class _Memory:
     stage: Stage = Stage.BIRTH
     quick: bool = True
     native: bool = False
+    peer: bool = False
 
     async def measure(self, machine: Machine) -> dict[str, float]:
         taken = await machine.memory_mib()
