@@ -99,11 +99,22 @@ def _compare(context: Context, options: argparse.Namespace) -> int:
     try:
         results = context.run(_measure(context, options, results, file))
     except BaseException:
-        if file.exists():
-            context.note(f"what was measured is in {file}; go on: polyvisor compare --resume {file}")
+        _keep(context, file)
         raise
     context.note(f"raw data: {file}")
     return _show(context, options, _drawn(results, options))
+
+
+def _keep(context: Context, file: Path) -> None:
+    """Say where what was measured is; a file without anything goes."""
+    from polyvisor.compare.results import read
+
+    if not file.exists():
+        return
+    if read(file).measurements:
+        context.note(f"what was measured is in {file}; go on: polyvisor compare --resume {file}")
+    else:
+        file.unlink()
 
 
 def _begun(options: argparse.Namespace) -> tuple[Results | None, Path]:

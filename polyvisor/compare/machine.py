@@ -24,7 +24,8 @@ from polyvisor.ssh import execute
 
 # Runs a script in the shell of a host, for at most so many seconds.
 Shell = Callable[[str, float], Awaitable[Completed]]
-BOOT_S = 900.0
+BOOT_S = 900.0  # until it offers a login
+ANSWER_S = 300.0  # from then on, until its SSH server answers
 _MARKS = (b"login:", b"polyvisor: ready")
 _QUESTION_S = 60.0
 
@@ -164,7 +165,7 @@ class Guest(_Base):
         self._times |= {"create": created - began, "start": time.monotonic() - created}
         await self._until_login()
         self._times["boot"] = time.monotonic() - created
-        await self._api.wait_for_ssh(name, timeout_s=BOOT_S)
+        await self._api.wait_for_ssh(name, timeout_s=ANSWER_S)
         self._up = True
 
     async def set_at_rest(self, changes: Changes) -> None:
@@ -176,7 +177,7 @@ class Guest(_Base):
         await self._api.set(name, changes)
         with self._capped():
             await self._api.start(name)
-        await self._api.wait_for_ssh(name, timeout_s=BOOT_S)
+        await self._api.wait_for_ssh(name, timeout_s=ANSWER_S)
         self._up = True
 
     async def _until_login(self) -> None:
@@ -229,7 +230,7 @@ class Guest(_Base):
         with self._capped():
             await self._api.start(self.spec.name)
         self._times["restore"] = time.monotonic() - began
-        await self._api.wait_for_ssh(self.spec.name, timeout_s=BOOT_S)
+        await self._api.wait_for_ssh(self.spec.name, timeout_s=ANSWER_S)
         self._times["answer"] = time.monotonic() - began
         self._up, self._saved = True, False
 

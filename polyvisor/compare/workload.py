@@ -7,6 +7,7 @@ whether it can be measured on a host itself.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -107,7 +108,10 @@ class Script:
             await machine.prepared(self.name, self.prepare)
         said = await machine.run(self.script, timeout_s=self.timeout_s)
         try:
-            return self.read(said)
+            values = self.read(said)
+            if not all(math.isfinite(value) and value > 0 for value in values.values()):
+                raise ValueError("a speed or a time is above zero")
+            return values
         except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
             words = " ".join(said.split())[-200:] or "nothing"
             raise PolyvisorError(f"workload '{self.name}' said what can't be read: {words}") from error

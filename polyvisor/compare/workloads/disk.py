@@ -17,7 +17,7 @@ _SCRIPT = " ".join(
         *(f"--name={name} --stonewall --rw={kind} --bs={size}" for name, (kind, size) in _JOBS.items()),
     ]
 )
-_PREPARE = f"dd if=/dev/urandom of={_FILE} bs=1M count=256 2>/dev/null && sync"
+_PREPARE = f"dd if=/dev/zero of={_FILE} bs=1M count=256 2>/dev/null && sync"
 
 
 def _read(said: str) -> dict[str, float]:
