@@ -20,9 +20,11 @@ from polyvisor.host.api import HostApi
 from polyvisor.operation import Progress, Step, silent
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import DeviceModel, Firmware, Mode, VMSpec
+from polyvisor.ssh import execute
 from polyvisor.values import dataclass
 
 _QUESTION_S = 120.0
+_NETWORK_S = 60.0
 _LOGIN = b"login:"
 
 
@@ -93,9 +95,16 @@ async def _paravirtual(prober: Prober) -> str:
 
 
 async def _emulated(prober: Prober) -> str:
+    """Kernels made for clouds have no driver for an emulated card: then the login on the console has to do."""
     async with prober.guest(devices=DeviceModel.EMULATED) as guest:
+        await guest.login()
+        try:
+            await prober.api.wait_for_ssh(guest.spec.name, timeout_s=_NETWORK_S)
+        except TimedOut:
+            return "it boots to its login; the image does not drive the network card"
         card = "readlink /sys/class/net/eth0/device/driver /sys/class/net/en*/device/driver 2>/dev/null | head -n 1"
-        said = await guest.run(card, timeout_s=_QUESTION_S)
+        completed = await execute(prober.api, guest.spec.name, ["sh", "-c", card], timeout_s=_QUESTION_S)
+        said = completed.stdout
     driver = said.strip().rpartition("/")[2]
     _expect(driver not in ("", "virtio_net", "vif"), f"network card {driver or 'none'}", "an emulated one")
     return f"network card {driver}"

@@ -148,12 +148,15 @@ class Guest(_Base):
         """Have the guest run, and answer."""
         if self._up:
             return
-        if not self._saved:
-            await self._boot()
-        else:
+        if self._saved:
             await self._restore()
+            return
+        await self.login()
+        await self._api.wait_for_ssh(self.spec.name, timeout_s=ANSWER_S)
+        self._up = True
 
-    async def _boot(self) -> None:
+    async def login(self) -> None:
+        """Make and start the guest, and wait until its console offers a login; whether it can be reached is left open."""
         await self.discard()  # one of a comparison that was killed
         if self.target.kind.on_xen:
             self._free_mib = (await self._api.status()).memory_free_mib
@@ -165,8 +168,6 @@ class Guest(_Base):
         self._times |= {"create": created - began, "start": time.monotonic() - created}
         await self._until_login()
         self._times["boot"] = time.monotonic() - created
-        await self._api.wait_for_ssh(name, timeout_s=ANSWER_S)
-        self._up = True
 
     async def set_at_rest(self, changes: Changes) -> None:
         """Stop the guest, change its settings, and start it again."""

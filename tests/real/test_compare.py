@@ -131,7 +131,8 @@ def test_a_guest_with_a_limit_never_has_more(environment: dict[str, str], tmp_pa
     assert (group / "cgroup.procs").read_text().split() == [str(pid)], "QEMU alone, and not who started it"
     wait_until(lambda: len(read(file).measurements) == 2, process)
     assert 0 < cpu_s(pid) - had < 0.55 * (time.monotonic() - began) + 0.1
-    assert process.wait(300) == 0
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
     assert not group.exists()
 
 
