@@ -49,6 +49,7 @@ EXAMPLES = {
     "forward": "forward add a 8080:80",
     "events": "events a",
     "image": "image import disk.vmdk --name x",
+    "compare": "compare --quick --targets tcg,slow=tcg:cpu_limit=50 --runs 5",
     "host": "host",
     "doctor": "doctor",
     "completion": "completion bash",
