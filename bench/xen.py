@@ -55,7 +55,7 @@ class XenHost:
 
     def timed(self, command: str, afterwards: str = "true") -> dict[str, float]:
         """Milliseconds of `command`, by the host's clock. `$app` is Polyvisor as the connection has brought it there."""
-        app = 'app="python3 $(ls -td ~/.cache/polyvisor/polyvisor-*/ | head -n 1)"'
+        app = 'app="python3 $(ls -td ~/.cache/polyvisor/polyvisor-*.pyz | head -n 1)"'
         script = (
             f"a=$(date +%s%N); {command} >/dev/null && b=$(date +%s%N) && {afterwards} >/dev/null && echo $((b - a))"
         )

@@ -23,6 +23,7 @@ from polyvisor.waiting import event_loop, pause
 if TYPE_CHECKING:
     Program = subprocess.Popen[bytes]
 _POLL_S = 0.002
+NOTHING = subprocess.DEVNULL  # to read from
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def spawn_detached(
     inherit: Sequence[int] = (),
     user: int | None = None,
     groups: Sequence[int] = (),
-    stdin: int = subprocess.DEVNULL,
+    stdin: int = NOTHING,
     errors: IO[bytes] | None = None,
 ) -> Program:
     """Start `argv` in a session of its own, to live on after this process.

@@ -73,6 +73,22 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """What a VM that is alive occupies of its host's memory, in MiB, with all that its process needs for itself.
+
+    `own_mib` is what nobody else has; `shared_mib` its share of what it has together with others: a page that three VMs map
+    counts a third for each (proc(5), smaps: Private, Pss). So what all VMs occupy is the sum.
+    """
+
+    own_mib: float
+    shared_mib: float
+
+    @property
+    def total_mib(self) -> float:
+        return self.own_mib + self.shared_mib
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pending:
     """A setting that is another one at the next boot: it is `now` one value, and `then` another."""
 

@@ -111,6 +111,9 @@ def _verb(name: str, parser: argparse.ArgumentParser, about: str, level: int) ->
         if table := _arguments(parser):
             yield table
         return
+    if table := _arguments(parser):
+        yield f"```\n{name} [OPTIONS]\n```\n"
+        yield table
     for action in below._choices_actions:
         verb, told = action.dest, action.help or ""
         aliases = [k for k, p in below.choices.items() if p is below.choices[verb] and k != verb]
@@ -138,7 +141,10 @@ def _metavar(action: argparse.Action) -> str:
 def _arguments(parser: argparse.ArgumentParser) -> str:
     """A table of a verb's arguments and flags, without those that all verbs have."""
     rows = [
-        _row(parser, action) for action in parser._actions if action.dest not in ("help", "json", "debug", "on_host")
+        _row(parser, action)
+        for action in parser._actions
+        if action.dest not in ("help", "json", "debug", "on_host")
+        and not isinstance(action, argparse._SubParsersAction)
     ]
     return "| | |\n|---|---|\n" + "".join(rows) if rows else ""
 

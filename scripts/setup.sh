@@ -43,6 +43,7 @@ test|ip|iproute2|makes network namespaces, in which guests' networks are tested
 test|nft|nftables|is the firewall of those networks
 test|dnsmasq|dnsmasq-base|gives their guests addresses
 test|busybox|busybox|is a guest there that asks for its address
+test|chromium|chromium|shows the reports of comparisons
 bench|virsh|libvirt-clients|the peer's command line
 bench|libvirtd|libvirt-daemon-system|the peer's daemon
 END

@@ -38,6 +38,8 @@ def complete() -> None:
             action.completer = _images_and_files  # type: ignore[attr-defined]
         elif action.dest == "image":
             action.completer = _images  # type: ignore[attr-defined]
+        elif action.metavar == "SNAPSHOT" and "--name" not in action.option_strings:
+            action.completer = _snapshots  # type: ignore[attr-defined]
         elif action.metavar == "HOST":
             action.completer = _hosts  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
@@ -60,6 +62,16 @@ def _vms(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
     from polyvisor.host.store import VMStore
 
     return VMStore(default_home()).names()
+
+
+def _snapshots(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
+    from polyvisor.host.store import VMDirectory
+
+    name = getattr(parsed_args, "name", None)
+    if _elsewhere(parsed_args) or name not in _vms(parsed_args):
+        return []
+    snapshots = VMDirectory(default_home().vms / name).path / "snapshots"
+    return sorted(path.name for path in snapshots.glob("[!.]*") if path.is_dir())
 
 
 def _elsewhere(options: argparse.Namespace | None) -> bool:

@@ -41,8 +41,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
-        choices=["tiny", "debian", "lab-kvm", "lab-xen"],
-        help="tiny: kernel and busybox, in seconds; debian: a full system; lab-kvm, lab-xen: hosts of the lab",
+        choices=["tiny", "debian", "bench", "lab-kvm", "lab-xen"],
+        help="tiny: kernel and busybox, in seconds; debian: a full system; bench: the same, with what compare measures by; "
+        "lab-kvm, lab-xen: hosts of the lab",
     )
     parser.add_argument("--name", help="name of the image (default: tiny, debian-12, …)")
     parser.add_argument("--suite", help="Debian release: bookworm or trixie (default: bookworm)")

@@ -55,6 +55,7 @@ VERBS = {
     "events": ("show", "follow changes of VMs"),
     "image": ("image", "images: build, import, export, copy, list, show, rm"),
     "lab": ("lab", "real KVM and Xen hosts inside emulation: up, status, ssh, down, rm"),
+    "compare": ("compare", "measure hypervisors against each other, with intervals and verdicts"),
     "host": ("host", "hosts: add, list, show, check, prepare, rm; alone: show this one"),
     "doctor": ("host", "check what works here and how to mend the rest"),
     "completion": ("complete", "print the shell's completion script"),

@@ -30,6 +30,12 @@ def add_ls(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--state", choices=[state.value for state in VMState], help="only VMs in this state")
     parser.add_argument("-q", "--quiet", action="store_true", help="print names alone")
+    parser.add_argument(
+        "-u",
+        "--usage",
+        action="store_true",
+        help="also what each occupies of the host's memory: of its own, and shared",
+    )
     parser.set_defaults(action=_ls)
 
 
@@ -49,6 +55,8 @@ def _ls(context: Context, options: argparse.Namespace) -> int:
         if check_name(name) not in {status.name for status in every}:
             raise NotFound(f"there is no VM '{name}'", hint="polyvisor ls shows those that are")
     statuses = [status for status in every if _wanted(status, options)]
+    if options.usage:
+        return _ls_usage(context, statuses)
     if context.json:
         context.print_json(statuses)
     elif options.quiet:
@@ -62,6 +70,25 @@ def _ls(context: Context, options: argparse.Namespace) -> int:
         )
     else:
         context.note("no VMs here; begin with: polyvisor run tiny")
+    return 0
+
+
+def _ls_usage(context: Context, statuses: list[VMStatus]) -> int:
+    """Each VM and what it occupies, and what all of them do."""
+    used = context.run(context.host.memory_use([status.name for status in statuses])) if statuses else {}
+    if context.json:
+        context.print_json([{"status": each, "memory_use": used.get(each.name)} for each in statuses])
+        return 0
+    rows = [
+        (status.name, status.state.value, memory(status.memory_mib), f"{use.own_mib:.1f}M", f"{use.shared_mib:.1f}M")
+        if (use := used.get(status.name))
+        else (status.name, status.state.value, memory(status.memory_mib), "", "")
+        for status in statuses
+    ]
+    own, shared = (sum(getattr(use, key) for use in used.values()) for key in ("own_mib", "shared_mib"))
+    print(table(("NAME", "STATE", "MEMORY", "OWN", "SHARED"), rows))
+    if used:
+        print(f"{len(used)} VMs occupy {own + shared:.0f} MiB: {own:.0f} of their own, {shared:.0f} that they share")
     return 0
 
 

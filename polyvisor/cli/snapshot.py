@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from polyvisor.cli.context import Context
 from polyvisor.cli.progress import human_size
 from polyvisor.cli.show import describe
 from polyvisor.cli.table import age, pairs, table
+from polyvisor.errors import PolyvisorError
 from polyvisor.host.snapshots import Snapshot
+from polyvisor.images.image import Seed
 from polyvisor.status import VMState, VMStatus
 
 
@@ -174,11 +177,20 @@ def _rm(context: Context, options: argparse.Namespace) -> int:
 
 
 def _clone(context: Context, options: argparse.Namespace) -> int:
-    given = {"snapshot": options.snapshot, "full": options.full}
-    status = context.run(context.host.clone(options.name, options.new_name, context.progress, **given))
+    async def work() -> tuple[VMStatus, Seed | None]:
+        status = await context.host.clone(
+            options.name, options.new_name, context.progress, snapshot=options.snapshot, full=options.full
+        )
+        with contextlib.suppress(PolyvisorError):  # its image may have lost that name, and the clone is there
+            return status, (await context.host.image_show(status.image or "")).image.seed
+        return status, None
+
+    status, seed = context.run(work())
     if context.json:
         context.print_json(status)
     context.say(f"{describe(status)}, a clone of {options.name}; start it: polyvisor start {options.new_name}")
+    if seed is Seed.NONE:
+        context.note(f"its image has no cloud-init: host keys and machine-id on its disk are those of {options.name}")
     return 0
 
 

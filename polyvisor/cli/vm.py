@@ -9,6 +9,7 @@ from pathlib import Path
 
 from polyvisor.cli.context import Context
 from polyvisor.cli.lifecycle import show_command
+from polyvisor.cli.parser import UsageError
 from polyvisor.cli.show import describe, wait_flags
 from polyvisor.cli.spec_flags import add_spec_flags, spec_from_flags
 from polyvisor.errors import AlreadyExists, InvalidInput, WrongState
@@ -54,7 +55,7 @@ def _run(context: Context, options: argparse.Namespace) -> int:
 
         return run_from(context, options)
     if options.image is None:
-        raise InvalidInput("image", "", "is missing", hint="name one, as polyvisor run tiny, or a template with --from")
+        raise UsageError("the following arguments are required: image", hint="polyvisor run --help")
     if options.count is not None:
         raise InvalidInput("count", options.count, "is for VMs that begin from a template", hint="use --from TEMPLATE")
 

@@ -100,10 +100,11 @@ class Boot:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """A VM that begins as a copy of another one that runs: what is its own."""
+    """A VM that begins as a copy of another one that runs: what is its own; `together` is how many begin at once with it."""
 
     name: str
     id: str
+    together: int = 1
     nics: tuple[BootNic, ...] = ()
     disks: tuple[BootDisk, ...] = ()
 
@@ -125,10 +126,14 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """How a driver starts a VM: the exact command and the hypervisor's version, for the launch record."""
+    """How a driver starts a VM: the exact command and the hypervisor's version, for the launch record.
+
+    `config` is the text of the configuration that the command reads, where there is one and it is known by then.
+    """
 
     argv: tuple[str, ...]
     version: str
+    config: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +185,9 @@ class Driver(Protocol):
     async def kill(self, vm: VMDirectory) -> None:
         """End the VM now, and return when it has ended; a VM that is not alive is left as it is."""
 
+    def ends_where_it_reboots(self, vm: VMDirectory) -> bool:
+        """Whether the VM ends when its guest reboots, so that it takes a stop and a start instead of `reboot` or `reset`."""
+
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Let the guest shut down, and boot again within the same VM; raises TimedOut."""
 
@@ -193,9 +201,12 @@ class Driver(Protocol):
         """Let the guest's vCPUs go on."""
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
-        """Stop the vCPUs and write memory and devices to `file`, open for writing; the VM stays, and can be resumed.
+        """Write memory and devices to `file`, open for writing; the VM stays, its vCPUs stand still, and it can be resumed.
 
-        Returns what `restore_command` needs to make the very same machine later. Raises WrongState, Unsupported, StorageFull.
+        Where it fails the VM is paused, or as it was. A save that was cut off may still be under way: this, and whatever else
+        changes the VM, ends it first.
+        Returns what `restore_command` needs to make the very same machine later. Raises WrongState, Unsupported, StorageFull,
+        OSError where `file` can't be written.
         """
 
     async def restore_command(
@@ -207,11 +218,17 @@ class Driver(Protocol):
         """
 
     async def restore(
-        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+        self,
+        vm: VMDirectory,
+        command: Command,
+        nics: tuple[BootNic, ...],
+        user: int | None,
+        file: int,
+        progress: Progress,
     ) -> Observed:
-        """Run a `restore_command` as `start` does, and read what `save` wrote from `file`; the vCPUs stand still.
+        """Run the `restore_command` of `nics` as `start` does, and read what `save` wrote from `file`; the vCPUs stand still.
 
-        Raises CannotStart.
+        Raises CannotStart, and InvalidInput where a port or a MAC is taken.
         """
 
     async def switch_disks(self, vm: VMDirectory, disks: Sequence[BootDisk]) -> None:

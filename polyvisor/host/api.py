@@ -28,6 +28,7 @@ from polyvisor.status import (
     Event,
     Forked,
     HostStatus,
+    MemoryUse,
     Pending,
     Resized,
     Saved,
@@ -135,6 +136,9 @@ class HostApi(Protocol):
 
     async def show(self, name: str) -> Details:
         """One VM in full."""
+
+    async def memory_use(self, names: Sequence[str] = ()) -> dict[str, MemoryUse]:
+        """What VMs that are alive occupy of the host's memory, by name: all of them, or those named. Takes a closer look."""
 
     async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> VMStatus:
         """Start a VM, one that is saved from where it was; raises CannotStart, with the hypervisor's last words.

@@ -182,7 +182,7 @@ async def begun(
         nonlocal done
         async with turns:
             fork = await make(host, source, name, undo, warm=warm)
-            await start(host, source, fork, go=go and len(names) == 1, warm=warm)
+            await start(host, source, fork, together=len(names), go=go and len(names) == 1, warm=warm)
         done += 1
         progress(Step("forking", done, len(names), ""))
         return fork
@@ -270,14 +270,18 @@ def _copy_files(source: Source, fork: VMDirectory) -> None:
                 (fork.path / place).chmod(0o600)
 
 
-async def start(host: Host, source: Source, fork: VMDirectory, *, go: bool, warm: bool = False) -> None:
+async def start(
+    host: Host, source: Source, fork: VMDirectory, *, together: int = 1, go: bool, warm: bool = False
+) -> None:
     """Start the process of a fork, and let it have the memory; with `go` it runs. A `warm` one is not a VM so far."""
     driver, record = host.drivers.qemu, fork.record
     told, born = (b"", _nothing) if warm else (_told(source, fork), _born(fork))
 
     async def launch() -> None:
         nics = boot_nics(record, None, str(host.home.path))
-        wanted = Fork(name=record.spec.name, id=record.id, nics=nics, disks=disks.disks_of(host, record))
+        wanted = Fork(
+            name=record.spec.name, id=record.id, together=together, nics=nics, disks=disks.disks_of(host, record)
+        )
         command = await driver.fork_command(source.launch, source.template, wanted)
         fork.write_launch(
             replace(

@@ -42,13 +42,13 @@ class Forker:
     async def template_warm(
         self, name: str, number: int = 0, names: Sequence[str] = (), progress: Progress = silent
     ) -> StoredTemplate:
-        from polyvisor.host import templates
+        from polyvisor.host import from_template
 
-        return await templates.warm_up(self._itself, name, names, number, progress)
+        return await from_template.warm_up(self._itself, name, names, number, progress)
 
     async def run_from(
         self, template: str, names: Sequence[str] = (), number: int = 1, progress: Progress = silent
     ) -> Forked:
-        from polyvisor.host import templates
+        from polyvisor.host import from_template
 
-        return await templates.run(self._itself, template, names, number, progress)
+        return await from_template.run(self._itself, template, names, number, progress)

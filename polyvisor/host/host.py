@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Observed
 from polyvisor.drivers.registry import Drivers
-from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, Unsupported, WrongState
+from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.home import Home, default_home
-from polyvisor.host.api import STOP_TIMEOUT_S, Details, SSHTarget
+from polyvisor.host.api import STOP_TIMEOUT_S, Details
 from polyvisor.host.forker import Forker
 from polyvisor.host.image_keeper import ImageKeeper
 from polyvisor.host.images import Images
+from polyvisor.host.insider import Insider
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 
 
-class Host(Mover, Forker, Snapshotter, ImageKeeper):
+class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -300,16 +301,21 @@ class Host(Mover, Forker, Snapshotter, ImageKeeper):
             return await self._status(vm)
 
     async def _stop(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
-        began = time.monotonic()
         if vm.alive() and timeout_s > 0:
-            observed = await self.drivers.of(vm).inspect(vm)
-            restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
-            if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
-                await self._press_power_button(vm, observed.state)
-                while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
-                    progress(Step("shutting down", int(waited), int(timeout_s), "s"))
-                    await pause(_POLL_S)
+            await self._shut_down(vm, timeout_s, progress)
         await self._end(vm)
+
+    async def _shut_down(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> bool:
+        """Press the power button and wait for the guest to end the VM; returns whether it has."""
+        began = time.monotonic()
+        observed = await self.drivers.of(vm).inspect(vm)
+        restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
+        if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
+            await self._press_power_button(vm, observed.state)
+            while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
+                progress(Step("shutting down", int(waited), int(timeout_s), "s"))
+                await pause(_POLL_S)
+        return not vm.alive()
 
     async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:
         try:
@@ -334,8 +340,19 @@ class Host(Mover, Forker, Snapshotter, ImageKeeper):
             await self._require_whole(vm, "reboot")
             self._let_run(vm)
             progress(Step("rebooting"))
-            await (self.drivers.of(vm).reset(vm) if force else self.drivers.of(vm).reboot(vm, timeout_s))
+            driver = self.drivers.of(vm)
+            if driver.ends_where_it_reboots(vm):
+                return await self._boot_anew(vm, 0.0 if force else timeout_s, progress)
+            await (driver.reset(vm) if force else driver.reboot(vm, timeout_s))
             return await self._status(vm)
+
+    async def _boot_anew(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> VMStatus:
+        """Stop a VM and start it; raises TimedOut where its guest does not shut down, which then is left as it is."""
+        if timeout_s and not await self._shut_down(vm, timeout_s, progress):
+            problem = f"the guest of VM '{vm.name}' did not shut down"
+            raise TimedOut(problem, hint="it may ignore the power button; use --force to press reset")
+        await self._end(vm)
+        return await self._start(vm, progress)
 
     async def pause(self, name: str) -> VMStatus:
         async with self._locked(name, "pause") as vm:
@@ -437,43 +454,6 @@ class Host(Mover, Forker, Snapshotter, ImageKeeper):
 
         async with self._locked(name, "set") as vm:
             return await change(self, vm, changes)
-
-    # Inside the VM
-
-    async def console(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        from polyvisor.host.inside import open_console
-
-        vm = self.store.get(name)
-        await self._require_alive(vm, "give a console")
-        return await open_console(vm, self.drivers.of(vm).console)
-
-    async def log(self, name: str, *, hypervisor: bool = False, follow: bool = False) -> AsyncIterator[bytes]:
-        from polyvisor.host.inside import read_log
-
-        vm = self.store.get(name)
-        async for chunk in read_log(vm, vm.log if hypervisor else vm.console_log, follow):
-            yield chunk
-
-    async def ssh_target(self, name: str) -> SSHTarget:
-        from polyvisor.host.inside import ssh_target
-
-        vm = self.store.get(name)
-        status = await self._status(vm)
-        return await ssh_target(vm, status, self.images.store.by_id(vm.record.image_id), self.home.keys)
-
-    async def wait_for_ssh(self, name: str, *, timeout_s: float, progress: Progress = silent) -> SSHTarget:
-        from polyvisor.host.inside import until_ssh_answers
-
-        await event_loop()
-        target, vm = await self.ssh_target(name), self.store.get(name)
-        if vm.is_renewing():
-            from polyvisor.host.identity import until_renewed
-
-            began = time.monotonic()
-            await until_renewed(vm, timeout_s, progress)
-            timeout_s -= time.monotonic() - began
-        await until_ssh_answers(vm, target, timeout_s, progress)
-        return target
 
     # Helpers
 

@@ -3,7 +3,7 @@
 One line on the guest's second serial port, for the agent that images of ours have (images/data/tiny/agent, and debian's). It
 answers when it is done. Until then the file `renewing` in the VM's directory says that the answer is awaited, and to what:
 
-    polyvisor-identity 1 id=UUID name=NAME time=SECONDS seed=HEX macs=OLD/NEW,… dropbear=BASE64 openssh=BASE64
+    polyvisor-identity 1 id=UUID name=NAME time=SECONDS seed=HEX macs=OLD/NEW,… dropbear=OCTAL openssh=OCTAL
     polyvisor-renewed UUID
 
 `seed` is for the kernel's random numbers; `dropbear` and `openssh` are the new host key in the formats of the two servers;
@@ -12,7 +12,6 @@ answers when it is done. Until then the file `renewing` in the VM's directory sa
 
 from __future__ import annotations
 
-import binascii
 import os
 import time
 from collections.abc import Sequence
@@ -37,8 +36,11 @@ _SEED_BYTES = 32
 _KEPT_BYTES = 256  # of what a guest has said; an answer is shorter
 
 
-def message(record: Record, source: Record, key: HostKey | None, now: float) -> bytes:
-    """What the guest of the fork `record` is told; it has the memory of `source`."""
+def message(record: Record, source: Record, key: HostKey | None, now: float, seed: Seed = Seed.NOCLOUD) -> bytes:
+    """What the guest of the fork `record` is told; it has the memory of `source`, whose image takes such a `seed`.
+
+    The key is for the SSH server of such images: dropbear in ours, which an initrd seeds, OpenSSH elsewhere.
+    """
     words = {
         "id": record.id,
         "name": record.spec.name,
@@ -46,18 +48,24 @@ def message(record: Record, source: Record, key: HostKey | None, now: float) -> 
         "seed": os.urandom(_SEED_BYTES).hex(),
         "macs": ",".join(f"{old}/{new}" for old, new in changed_macs(record, source)) or "-",
     }
-    if key is not None:
-        words["dropbear"] = binascii.b2a_base64(key.dropbear, newline=False).decode()
-        words["openssh"] = binascii.b2a_base64(key.private.encode(), newline=False).decode()
+    if key is not None and seed is Seed.INITRD:
+        words["dropbear"] = _octal(key.dropbear)
+    elif key is not None:
+        words["openssh"] = _octal(key.private.encode())
     line = " ".join(f"{word}={value}" for word, value in words.items())
     return _PADDING + f"polyvisor-identity 1 {line}\n".encode()
+
+
+def _octal(data: bytes) -> str:
+    """Bytes as every shell's printf takes them."""
+    return "".join(f"\\{byte:03o}" for byte in data)
 
 
 def to_be_told(vm: VMDirectory, source: Record, image: Image) -> bytes:
     """What the guest of a fork, whose directory this is, is to be told; from now on its answer is awaited."""
     record = vm.record
     key = read_host_key(vm.path) if image.seed is not Seed.NONE else None
-    told = message(record, source, key, time.time())
+    told = message(record, source, key, time.time(), image.seed)
     expect(vm.path, record.id, told)
     return told
 

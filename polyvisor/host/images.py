@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from polyvisor.images.inspection.findings import Inspection
 
 # What can be built, and the image's name where nobody chooses one (`flavours` knows more, and is imported late).
-BUILDABLE = {"tiny": "tiny", "debian": "debian-12", "lab-kvm": "lab-kvm", "lab-xen": "lab-xen"}
+BUILDABLE = {"tiny": "tiny", "debian": "debian-12", "bench": "bench", "lab-kvm": "lab-kvm", "lab-xen": "lab-xen"}
 
 
 class Images:

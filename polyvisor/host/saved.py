@@ -252,7 +252,7 @@ async def _load(vm: VMDirectory, driver: Driver, state: State, nics: tuple[BootN
         (vm.saved / "restoring").touch(mode=0o600)
         fd = os.open(vm.saved / "memory", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        await driver.restore(vm, command, vm.record.user, fd, progress)
+        await driver.restore(vm, command, nics, vm.record.user, fd, progress)
     finally:
         os.close(fd)
     if vm.is_renewing():

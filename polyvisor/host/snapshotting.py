@@ -149,7 +149,7 @@ async def ready(host: Host, vm: VMDirectory, progress: Progress) -> None:
         for left in [*base.glob(".new-*"), *base.glob(".gone-*")]:
             shutil.rmtree(left)
     record = disks.vm_record(vm)
-    begun = [kept.name for kept in read_all(vm) if kept.layers and kept.layers == record.layers]
+    begun = [kept.name for kept in _understood(vm) if kept.layers and kept.layers == record.layers]
     if (
         begun and record.snapshot not in begun
     ):  # it was killed when the snapshot was there, and not yet the one to go on from

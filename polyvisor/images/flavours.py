@@ -1,7 +1,7 @@
 """The kinds of Debian image that can be built, and what makes each of them more than Debian.
 
-`debian` is a system for any purpose; `lab-kvm` and `lab-xen` are hosts of the lab: Debian with a hypervisor, SSH for root, and
-what Polyvisor needs on a host.
+`debian` is a system for any purpose; `bench` has the programs that `polyvisor compare` measures with; `lab-kvm` and `lab-xen`
+are hosts of the lab: Debian with a hypervisor, SSH for root, and what Polyvisor needs on a host.
 """
 
 from __future__ import annotations
@@ -23,6 +23,22 @@ _HOST_PACKAGES = (
     "nftables",
     "dnsmasq-base",
     "tcpdump",
+)
+_BENCH_PACKAGES = (
+    "busybox-static",
+    "fio",
+    "sysbench",
+    "iperf3",
+    "stress-ng",
+    "openssl",
+    "rt-tests",  # hackbench, cyclictest
+    "postgresql",  # with pgbench
+    "nginx-light",
+    "wrk",
+    "gcc",
+    "make",
+    "libc6-dev",
+    "linux-headers-amd64",  # what is compiled is a module of the kernel
 )
 
 
@@ -60,6 +76,16 @@ FLAVOURS = {
     flavour.kind: flavour
     for flavour in (
         Flavour(kind="debian", about="a full system with cloud-init", names=SUITES),
+        Flavour(
+            kind="bench",
+            about="a system with the programs that hypervisors are compared with",
+            packages=_BENCH_PACKAGES,
+            data=("debian", "lab", "bench"),
+            user="root",
+            size_gib=6,
+            memory_mib=1024,
+            names={"bookworm": "bench", "trixie": "bench-13"},
+        ),
         Flavour(
             kind="lab-kvm",
             about="a host of the lab that runs KVM",

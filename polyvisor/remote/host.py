@@ -48,7 +48,7 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, Forked, HostStatus, Resized, Setup, StoredTemplate, VMStatus
+from polyvisor.status import Check, Event, Forked, HostStatus, MemoryUse, Resized, Setup, StoredTemplate, VMStatus
 
 T = TypeVar("T")
 
@@ -214,6 +214,9 @@ class RemoteHost(RemoteSnapshots):
 
     async def show(self, name: str) -> Details:
         return await self._call(Details, "show", name=name)
+
+    async def memory_use(self, names: Sequence[str] = ()) -> dict[str, MemoryUse]:
+        return await self._call(dict[str, MemoryUse], "memory_use", names=list(names))
 
     async def start(self, name: str, progress: Progress = silent, *, fresh: bool = False) -> VMStatus:
         return await self._call(VMStatus, "start", progress, name=name, fresh=fresh)

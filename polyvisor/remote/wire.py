@@ -49,6 +49,7 @@ LOOKS = (
     "image_inspect",
     "image_catalogue",
     "template_list",
+    "memory_use",
 )
 # These do nothing more when they are done again; of the others nobody knows after half of them was done.
 REPEATABLE = (

@@ -79,6 +79,14 @@ async def test_on_reboot_stop(api: HostApi, spec: VMSpec) -> None:
     await _until_state(api, spec.name, VMState.STOPPED)
 
 
+async def test_the_verb_reboot_starts_it_again_all_the_same(api: HostApi, spec: VMSpec) -> None:
+    await api.run(dataclasses.replace(spec, on_reboot=OnReboot.STOP))
+    first = await guest(api, spec.name, "cat /proc/sys/kernel/random/boot_id")
+    assert (await api.reboot(spec.name, timeout_s=120)).state is VMState.RUNNING
+    await asyncio.sleep(1)
+    assert await guest(api, spec.name, "cat /proc/sys/kernel/random/boot_id") != first
+
+
 async def test_the_console_is_a_login(api: HostApi, booted: str) -> None:
     reader, writer = await api.console(booted)
     writer.write(b"\n")

@@ -21,6 +21,7 @@ from tests.contract.test_inside import *  # noqa: F403
 from tests.contract.test_life import *  # noqa: F403
 from tests.contract.test_resize import *  # noqa: F403
 from tests.contract.test_save import *  # noqa: F403
+from tests.contract.test_snapshot import *  # noqa: F403
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1800)]
 

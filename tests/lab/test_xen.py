@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -24,13 +23,12 @@ from polyvisor.network.nat import NAT_CARDS, PRIVATE_CARDS
 from polyvisor.remote.host import RemoteHost
 from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import Hypervisor, Mode, Nic, VMSpec
-from polyvisor.ssh import execute
 from polyvisor.status import VMState
 from tests.contract.guest import guest
 from tests.lab.grub_disk import CONFIG, build_grub_disk
+from tests.lab.xen_guest import BOOT_S, on_host, says, typed, until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]
-BOOT_S = 300.0
 LOADED_S = 900.0  # for GRUB to read kernel and initrd, too
 exhaustive = pytest.mark.skipif(
     not os.environ.get("POLYVISOR_TEST_ALL"),
@@ -62,17 +60,17 @@ async def xen_spec(request: pytest.FixtureRequest, xen: HostApi) -> AsyncIterato
 
 async def test_a_domain_that_somebody_destroys_has_crashed(lab: Lab, xen: HostApi, xen_spec: VMSpec) -> None:
     await xen.run(xen_spec)
-    await _on_host(lab, f"xl destroy {xen_spec.name}")
-    assert "somebody else" in await _until(xen, xen_spec.name, VMState.CRASHED)
+    await on_host(lab, f"xl destroy {xen_spec.name}")
+    assert "somebody else" in await until(xen, xen_spec.name, VMState.CRASHED)
     assert (await xen.start(xen_spec.name)).state is VMState.RUNNING
 
 
 async def test_a_kernel_that_panics_has_crashed(xen: HostApi, xen_spec: VMSpec) -> None:
     await xen.run(replace(xen_spec, cmdline="panic=0"))
-    await _says(xen, xen_spec.name, "login:")
-    assert await _typed(xen, xen_spec.name, "root\n", "#")
-    await _typed(xen, xen_spec.name, "echo c >/proc/sysrq-trigger\n", "")
-    assert "kernel has crashed" in await _until(xen, xen_spec.name, VMState.CRASHED)
+    await says(xen, xen_spec.name, "login:")
+    assert await typed(xen, xen_spec.name, "root\n", "#")
+    await typed(xen, xen_spec.name, "echo c >/proc/sysrq-trigger\n", "")
+    assert "kernel has crashed" in await until(xen, xen_spec.name, VMState.CRASHED)
 
 
 @pytest.mark.parametrize("victims", ["xl", "all"])
@@ -80,7 +78,7 @@ async def test_a_domain_is_found_without_its_processes(lab: Lab, xen: HostApi, x
     """It is shown as running, is not started twice, and can be ended; memory is free afterwards."""
     status = await xen.run(xen_spec)
     also = "; pkill -9 -x xenconsole" if victims == "all" else ""
-    await _on_host(lab, f"kill -9 {status.pid}{also}; sleep 1")
+    await on_host(lab, f"kill -9 {status.pid}{also}; sleep 1")
     shown = (await xen.show(xen_spec.name)).status
     assert shown.state is VMState.RUNNING
     assert shown.reason is not None and "xl was killed" in shown.reason
@@ -89,7 +87,7 @@ async def test_a_domain_is_found_without_its_processes(lab: Lab, xen: HostApi, x
         await xen.remove(xen_spec.name)
     assert (await xen.start(xen_spec.name)).state is VMState.RUNNING
     assert (await xen.kill(xen_spec.name)).state is VMState.STOPPED
-    assert xen_spec.name not in await _on_host(lab, "xl list")
+    assert xen_spec.name not in await on_host(lab, "xl list")
 
 
 async def test_what_does_not_work_says_why_and_leaves_nothing(lab: Lab, xen: HostApi) -> None:
@@ -101,7 +99,7 @@ async def test_what_does_not_work_says_why_and_leaves_nothing(lab: Lab, xen: Hos
         with pytest.raises(error):
             await xen.run(wrong)
     assert "refused" not in await xen.names()
-    assert "refused" not in await _on_host(lab, "xl list")
+    assert "refused" not in await on_host(lab, "xl list")
 
 
 async def test_guests_of_one_private_network_reach_each_other(lab: Lab, xen: HostApi, xen_spec: VMSpec) -> None:
@@ -114,7 +112,7 @@ async def test_guests_of_one_private_network_reach_each_other(lab: Lab, xen: Hos
             await xen.wait_for_ssh(name, timeout_s=BOOT_S)
             await guest(xen, name, f"ip address add 10.9.9.{i}/24 dev eth1; ip link set eth1 up")
         assert "1 packets received" in await guest(xen, names[0], "ping -c 1 -W 10 10.9.9.2")
-        links = [line.split() for line in (await _on_host(lab, "networkctl --no-legend list")).splitlines()]
+        links = [line.split() for line in (await on_host(lab, "networkctl --no-legend list")).splitlines()]
         cards = {name: setup for _, name, _, _, setup in links if name.startswith((NAT_CARDS, PRIVATE_CARDS))}
         assert len(cards) == 2 * len(names)
         assert set(cards.values()) == {"unmanaged"}
@@ -128,8 +126,6 @@ async def test_mode_auto_says_why(xen: HostApi) -> None:
     spec = VMSpec(name=f"auto-{uuid.uuid4().hex[:6]}", image="tiny", nics=())
     assert (await xen.run(spec)).mode == "pvh"
     assert (await xen.show(spec.name)).hypervisor_reason == "mode pvh: the image has a kernel"
-    with pytest.raises(Unsupported, match="saving VMs of Xen"):
-        await xen.save(spec.name)
     await xen.remove(spec.name, force=True)
 
 
@@ -151,58 +147,15 @@ async def test_a_disk_boots_by_the_kernel_that_is_on_it_by_now(
         assert (await xen.show(spec.name)).hypervisor_reason == (
             f"mode {mode}: asked for; GRUB boots the kernel on the VM's disk"
         )
-        await _says(xen, spec.name, "login:", within_s=LOADED_S)
-        assert await _typed(xen, spec.name, "root\n", "#")
+        await says(xen, spec.name, "login:", within_s=LOADED_S)
+        assert await typed(xen, spec.name, "root\n", "#")
         change = (
             f"mount /dev/xvda1 /mnt && sed -i s/word=first/word=second/ /mnt/{CONFIG} && umount /mnt && echo do''ne\n"
         )
-        assert await _typed(xen, spec.name, change, "done")
-        assert await _typed(xen, spec.name, "cat /proc/cmdline; reboot\n", "word=first")
-        await _says(xen, spec.name, "login:", 2, within_s=LOADED_S)
-        assert await _typed(xen, spec.name, "root\n", "#")
-        assert await _typed(xen, spec.name, "cat /proc/cmdline\n", "word=second")
+        assert await typed(xen, spec.name, change, "done")
+        assert await typed(xen, spec.name, "cat /proc/cmdline; reboot\n", "word=first")
+        await says(xen, spec.name, "login:", 2, within_s=LOADED_S)
+        assert await typed(xen, spec.name, "root\n", "#")
+        assert await typed(xen, spec.name, "cat /proc/cmdline\n", "word=second")
     finally:
         await xen.remove(spec.name, force=True)
-
-
-async def _on_host(lab: Lab, script: str) -> str:
-    return (await execute(lab.host, "lab-xen1", ["sh", "-c", script], timeout_s=120)).stdout
-
-
-async def _log(api: HostApi, name: str, *, hypervisor: bool = False) -> str:
-    return b"".join([chunk async for chunk in api.log(name, hypervisor=hypervisor)]).decode(errors="replace")
-
-
-async def _says(api: HostApi, name: str, word: str, times: int = 1, within_s: float = BOOT_S) -> None:
-    heard = b""
-    async with asyncio.timeout(within_s):
-        async for chunk in api.log(name, follow=True):
-            if (heard := heard + chunk).count(word.encode()) >= times:
-                return
-    pytest.fail(f"VM '{name}' ended before it said '{word}': {heard[-300:]!r}")
-
-
-async def _typed(api: HostApi, name: str, text: str, answer: str) -> bool:
-    """Type `text` on the console; whether it answers."""
-    reader, writer = await api.console(name)
-    try:
-        writer.write(text.encode())
-        await writer.drain()
-        heard = b""
-        async with asyncio.timeout(BOOT_S):
-            while answer.encode() not in heard and (data := await reader.read(4096)):
-                heard += data
-        await asyncio.sleep(0.5)
-        return answer.encode() in heard
-    finally:
-        writer.close()
-        await asyncio.sleep(1)
-
-
-async def _until(api: HostApi, name: str, state: VMState) -> str:
-    """Wait for `state`; returns the reason."""
-    deadline = time.monotonic() + BOOT_S
-    while (status := (await api.show(name)).status).state is not state:
-        assert time.monotonic() < deadline, status
-        await asyncio.sleep(1)
-    return status.reason or ""

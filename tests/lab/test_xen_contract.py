@@ -11,6 +11,7 @@ from tests.contract import conftest as contract
 from tests.contract.test_inside import *  # noqa: F403
 from tests.contract.test_life import *  # noqa: F403
 from tests.contract.test_save import *  # noqa: F403
+from tests.contract.test_snapshot import *  # noqa: F403
 from tests.lab.conftest import MODES
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]

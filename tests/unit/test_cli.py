@@ -32,6 +32,7 @@ EXAMPLES = {
     "pause": "pause a",
     "resume": "resume a",
     "fork": "fork a --count 3 --prefix b- --wait",
+    "template": "template create x --from a",
     "save": "save a",
     "set": "set a --vcpus 2 --memory 1G --cpu-limit none",
     "snapshot": "snapshot create a --name b --no-memory",
@@ -48,6 +49,7 @@ EXAMPLES = {
     "forward": "forward add a 8080:80",
     "events": "events a",
     "image": "image import disk.vmdk --name x",
+    "compare": "compare --quick --targets tcg,slow=tcg:cpu_limit=50 --runs 5",
     "host": "host",
     "doctor": "doctor",
     "completion": "completion bash",
@@ -375,6 +377,8 @@ class TestCompletion:
             ("polyvisor image inspect ti", {"tiny"}, {"web-1"}),
             ("polyvisor image inspect home/vms/w", {"home/vms/web-1/"}, {"tiny"}),
             ("polyvisor ls --state p", {"paused"}, {"running"}),
+            ("polyvisor snapshot revert db ", {"ok"}, {".new-ok", "web-1"}),
+            ("polyvisor clone db new --snapshot o", {"ok"}, {"db"}),
         ],
     )
     def test_what_the_shell_is_told(
@@ -383,6 +387,8 @@ class TestCompletion:
         monkeypatch.chdir(home.parent)
         for name in ("web-1", "web-2", "db", ".new-x"):
             (home / "vms" / name).mkdir(parents=True)
+        for name in ("ok", ".new-ok"):
+            (home / "vms/db/snapshots" / name).mkdir(parents=True)
         found = completions(line)
         assert holds <= found
         assert not lacks & found

@@ -261,6 +261,16 @@ def test_the_hosts_of_the_lab_are_debian_and_more(tmp_path: Path) -> None:
         assert {"linux-image-amd64", "python3", package} <= set(included)
 
 
+def test_the_image_for_comparisons_has_all_that_workloads_call(tmp_path: Path) -> None:
+    from polyvisor.compare.workload import all_workloads
+
+    flavour, work = FLAVOURS["bench"], tmp_path / "bench"
+    debian.prepare(work, tmp_path / "cache", plan_disk(2 << 30), "", flavour)
+    assert (work / "boot/customize.d/bench.sh").is_file()
+    needed = {program.package for each in all_workloads().values() for program in each.programs}
+    assert needed - {*debian.PACKAGES, *flavour.packages} == set()
+
+
 def test_xen_is_booted_first_and_update_grub_keeps_it_so(tmp_path: Path) -> None:
     disk, xen = plan_disk(2 << 30), FLAVOURS["lab-xen"]
     assert xen.xen is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import os
 import subprocess
 from dataclasses import replace
@@ -18,6 +17,7 @@ from polyvisor.host.record import Record
 from polyvisor.host.store import VMDirectory
 from polyvisor.images import reseed
 from polyvisor.images.hostkey import HostKey
+from polyvisor.images.image import Seed
 from polyvisor.operation import silent
 from polyvisor.spec.vm import Nic, VMSpec
 from tests.golden.boots import QEMU, TINY
@@ -152,14 +152,19 @@ class TestMessage:
         assert len(seeds) == 20
         assert {len(bytes.fromhex(seed)) for seed in seeds} == {32}
 
-    async def test_the_key_in_both_formats(self, tmp_path: Path) -> None:
+    def test_the_key_as_each_server_wants_it(self, tmp_path: Path) -> None:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "k")], check=True)
         key = HostKey((tmp_path / "k").read_text(), (tmp_path / "k.pub").read_text().strip())
-        message = identity.message(record(), record(OTHER), key, 0)
-        words = self.words(message)
-        assert binascii.a2b_base64(words["openssh"]).decode() == key.private
-        assert binascii.a2b_base64(words["dropbear"]) == key.dropbear
-        assert len(message) < 4096, "a pipe takes it as a whole, and a guest's line fits a terminal's buffer"
+        for seed, word, wanted in (
+            (Seed.NOCLOUD, "openssh", key.private.encode()),
+            (Seed.INITRD, "dropbear", key.dropbear),
+        ):
+            message = identity.message(record(), record(OTHER), key, 0, seed)
+            words = self.words(message)
+            assert len({"openssh", "dropbear"} & words.keys()) == 1
+            printed = subprocess.run(["sh", "-c", 'printf "$1"', "sh", words[word]], capture_output=True, check=True)
+            assert printed.stdout == wanted
+            assert len(message) < 4096, "a pipe takes it as a whole, and a guest's line fits a terminal's buffer"
 
     def test_macs_of_networks_that_are_shared(self) -> None:
         """A user network is the VM's own."""

@@ -146,18 +146,24 @@ class TestFork:
             "-name guest=web-1,process=web-1",
             "-uuid 6f4d0a54-1f0a-4b5e-9d0e-2b7f6a1c9e11",
             "-machine pc,usb=off,vmport=off,dump-guest-core=off",
+            "-accel tcg,thread=multi,tb-size=32",
             "-netdev user,id=nic0,hostfwd=tcp:127.0.0.1:40001-:22",
         }
         assert come == {
             "-name guest=copy,process=copy",
             "-uuid 00000000-0000-4000-8000-000000000001",
             "-machine pc-i440fx-7.2,usb=off,vmport=off,dump-guest-core=off",
+            "-accel tcg,thread=multi,tb-size=16",
             "-netdev user,id=nic0,hostfwd=tcp:127.0.0.1:50001-:22",
             f"-object {BACKEND},share=off,{EXACT}",
             "-machine memory-backend=pc.ram",
             "-S",
             "-incoming defer",
         }
+
+    def test_a_crowd_keeps_less_translated_code(self) -> None:
+        many = fork_argv(started(TINY), MACHINE, 7, replace(FORK, together=100))
+        assert values(many, "-accel") == ["tcg,thread=multi,tb-size=8"]
 
     def test_its_memory_is_private(self) -> None:
         assert memory_argv(started(TINY), 3, share=False)[1].split(",")[-2:] == ["share=off", EXACT]
@@ -206,8 +212,9 @@ class TestAgain:
         argv = restoring_argv(fork(started(TINY)), MACHINE.type, FORK.nics, MACHINE.vcpus)
         plain = restoring_argv(started(TINY), MACHINE.type, FORK.nics, MACHINE.vcpus)
         gone, come = differences(plain, argv)
-        assert gone == {"-name guest=web-1,process=web-1", f"-uuid {TINY.id}"}
-        assert come == {"-name guest=copy,process=copy", f"-uuid {FORK.id}"}
+        accel = "-accel tcg,thread=multi,tb-size="
+        assert gone == {"-name guest=web-1,process=web-1", f"-uuid {TINY.id}", f"{accel}32"}
+        assert come == {"-name guest=copy,process=copy", f"-uuid {FORK.id}", f"{accel}16"}
         assert argv[-3:] == WAITING and argv.count("-S") == 1
 
     def test_a_fork_of_a_fork(self) -> None:

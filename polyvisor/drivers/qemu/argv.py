@@ -29,6 +29,9 @@ AGENT_PIPE = "run/agent"
 NESTED_CPU = "EPYC,-smap,-smep,-monitor,-rdtscp,+svm,+npt"
 # Below 16 MiB translation dominates (a boot takes 5 s instead of 3), above 32 nothing is gained.
 TCG_BUFFER_MIB = 32
+# It is what an emulated fork needs most memory for: of a guest's own it has some 5 MiB, and it translates everything anew.
+# Those that are many share the CPUs, and gain less from it.
+FORK_BUFFER_MIB, CROWD_BUFFER_MIB, CROWD = 16, 8, 16
 BALLOON = "balloon"
 # Tells the guest that there may be another one like it: each QEMU has a new one, and a guest that goes on in it renews its
 # random numbers (docs/specs/vmgenid.rst of QEMU; Linux' drivers/virt/vmgenid.c).

@@ -177,8 +177,15 @@ class QemuDriver:
         return Command(argv=qemu.renewed(restoring_argv(launch.argv, machine, nics, vcpus)), version=qemu.version)
 
     async def restore(
-        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+        self,
+        vm: VMDirectory,
+        command: Command,
+        nics: tuple[BootNic, ...],
+        user: int | None,
+        file: int,
+        progress: Progress,
     ) -> Observed:
+        """The command has the cards already."""
         from polyvisor.drivers.qemu.migration import read_memory
 
         launch = vm.launch()
@@ -304,6 +311,9 @@ class QemuDriver:
                 (vm.path / PID_FILE).unlink(missing_ok=True)
                 return
         raise TimedOut(f"the process of VM '{vm.name}' does not end", hint="look for it with ps")
+
+    def ends_where_it_reboots(self, vm: VMDirectory) -> bool:
+        return False  # QEMU can be told otherwise for a while
 
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Press the power button, keep the process when the guest is down, and boot it again in there.

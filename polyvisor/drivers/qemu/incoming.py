@@ -8,10 +8,11 @@ guest's memory (a template), or to be a fork that begins from such a copy.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from polyvisor.drivers.base import BootNic, Fork
-from polyvisor.drivers.qemu.argv import QMP_SOCKET, smp
+from polyvisor.drivers.qemu.argv import CROWD, CROWD_BUFFER_MIB, FORK_BUFFER_MIB, QMP_SOCKET, smp
 from polyvisor.drivers.qemu.devices import netdev, with_disks
 from polyvisor.values import dataclass
 
@@ -72,6 +73,7 @@ def fork_argv(argv: Sequence[str], machine: Machine, memory: int, fork: Fork) ->
             **_like(machine),
             "-name": lambda _: f"guest={fork.name},process={fork.name}",
             "-uuid": lambda _: fork.id,
+            "-accel": lambda value: _with_buffer(value, FORK_BUFFER_MIB if fork.together < CROWD else CROWD_BUFFER_MIB),
             "-netdev": _network(fork.nics),
         },
     )
@@ -145,6 +147,11 @@ def _network(nics: Sequence[BootNic]) -> Change:
         return next((netdev(n, nic) for n, nic in enumerate(nics) if f"id=nic{n}" in value.split(",")), value)
 
     return change
+
+
+def _with_buffer(value: str, size_mib: int) -> str:
+    """An accelerator, of whose translated code at most so much is kept at a time, where it keeps any."""
+    return re.sub(r"(?<=,tb-size=)[0-9]+", str(size_mib), value)
 
 
 def _unplugged(value: str) -> str:

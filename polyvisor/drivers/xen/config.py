@@ -70,6 +70,11 @@ def with_resources(config: str, resources: Resources) -> str:
     )
 
 
+def has_qemu_disks(config: str) -> bool:
+    """Whether a QEMU serves the disks of the guest of `config`, which `build_config` made."""
+    return "backendtype=qdisk" in config
+
+
 def xen_cap(resources: Resources) -> int:
     """The limit as the scheduler's `cap`, which has to be one: 0 stands for none, and so for as much as all vCPUs can use."""
     limit = resources.cpu_limit or 0

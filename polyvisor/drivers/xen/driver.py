@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Boot, BootDisk, BootNic, Command, Fork, Observed, Template
 from polyvisor.drivers.xen import resize, xl
-from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config, with_resources
+from polyvisor.drivers.xen.config import CONSOLE_SOCKET, bridge_of, build_config, has_qemu_disks, with_resources
 from polyvisor.drivers.xen.follow import CONSOLE_INPUT, follow_console
-from polyvisor.drivers.xen.listing import OURS, Domain, Told, parse_list, read_errors, read_log
+from polyvisor.drivers.xen.listing import OURS, Domain, parse_list, read_errors
 from polyvisor.drivers.xen.loaders import find_loader, missing_loaders
+from polyvisor.drivers.xen.log import is_xl, log_text, note, told
+from polyvisor.drivers.xen.migration import MARK, settle, wake_keeper, was_paused
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
 from polyvisor.files import storage_errors, write_atomic
@@ -31,10 +33,10 @@ from polyvisor.network.bridge import Bridge
 from polyvisor.network.nat import Card
 from polyvisor.network.ports import hold_port
 from polyvisor.operation import Progress
-from polyvisor.process import spawn_detached
+from polyvisor.process import NOTHING, spawn_detached
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Resources
-from polyvisor.spec.vm import Mode
+from polyvisor.spec.vm import Mode, OnReboot
 from polyvisor.status import Capabilities, Usage, VMState
 from polyvisor.waiting import event_loop, pause
 
@@ -45,10 +47,9 @@ if TYPE_CHECKING:
 
 CONFIG = "xl.cfg"
 START_S = 120.0
-KILL_S = 30.0
+KILL_S = 90.0
 RESET_S = 60.0
 _POLL_S = 0.05
-_LOG_TAIL = 64 << 10
 
 
 class XenDriver:
@@ -95,38 +96,49 @@ class XenDriver:
         if not self.settled(vm) and (domain := await _find(vm)):
             raise WrongState(f"VM '{vm.name}' has a domain already ({domain.id})", hint=f"polyvisor kill {vm.name}")
         with contextlib.ExitStack() as held:
-            process = await self._spawned(vm, boot, command, held)
+            config = build_config(boot, vm.path, _loader(boot))
+            process = await self._spawned(vm, replace(command, config=config), boot.nics, boot.mode, held)
         try:
             meanwhile()
             await self._until_begun(vm, process)
+            await _require_disks(vm, config)
         except BaseException:
             await self._undo(vm, process)
             raise
         return Observed(state=VMState.RUNNING, pid=process.pid)
 
-    async def _spawned(self, vm: VMDirectory, boot: Boot, command: Command, held: contextlib.ExitStack) -> Program:
+    async def _spawned(
+        self,
+        vm: VMDirectory,
+        command: Command,
+        nics: tuple[BootNic, ...],
+        mode: Mode,
+        held: contextlib.ExitStack,
+        stdin: int = NOTHING,
+    ) -> Program:
         """Write the configuration, prepare the networks and start xl, which inherits the VM's lock and its ports' sockets.
 
         The lock is taken first: by it, whoever looks after the network knows that the cards are somebody's.
         """
         with storage_errors(f"starting VM '{vm.name}'"):
             alive = _locked(vm, held)
-            write_atomic(vm.path / CONFIG, build_config(boot, vm.path, _loader(boot)))
-            (vm.path / CONSOLE_SOCKET).unlink(missing_ok=True)
-        ports = [held.enter_context(hold_port(forward)) for nic in boot.nics for forward in nic.forwards]
-        if cards := _cards(vm, boot):
+            write_atomic(vm.path / CONFIG, command.config)
+            for leftover in (CONSOLE_SOCKET, MARK):
+                (vm.path / leftover).unlink(missing_ok=True)
+        ports = [held.enter_context(hold_port(forward)) for nic in nics for forward in nic.forwards]
+        if cards := _cards(vm, nics):
             await self._bridge.join(vm.alive_file, cards)
         with storage_errors(f"starting VM '{vm.name}'"):
-            process = _spawn(vm, command.argv, [alive, *(port.fileno() for port in ports)])
-            if boot.mode is not Mode.HVM:
+            process = _spawn(vm, command.argv, [alive, *(port.fileno() for port in ports)], stdin)
+            if mode is not Mode.HVM:
                 follow_console(vm, process.pid)
             return process
 
     async def _until_begun(self, vm: VMDirectory, process: Program) -> None:
         deadline = time.monotonic() + START_S
-        while _told(vm).boots == 0:
-            if process.poll() is not None and _told(vm).boots == 0:
-                said = read_errors(_log_text(vm)) or "it ended without a word"
+        while told(vm).boots == 0:
+            if process.poll() is not None and told(vm).boots == 0:
+                said = read_errors(log_text(vm)) or "it ended without a word"
                 raise CannotStart(f"xl: {said}", hint="on that host, see also /var/log/xen")
             if time.monotonic() > deadline:
                 raise TimedOut(f"xl did not make the domain of VM '{vm.name}' within {START_S:.0f} s")
@@ -149,7 +161,7 @@ class XenDriver:
         try:
             domain = (await self._listed()).get(vm.record.id)
         except PolyvisorError as error:
-            return Observed(state=VMState.UNRESPONSIVE, reason=error.message, pid=_told(vm).pid)
+            return Observed(state=VMState.UNRESPONSIVE, reason=error.message, pid=told(vm).pid)
         return self._observed(vm, domain)
 
     async def _listed(self) -> Mapping[str, Domain]:
@@ -165,30 +177,32 @@ class XenDriver:
         """Whether nothing can be left of the VM's last domain: it has ended before somebody's eyes, or the host went down."""
         if not (vm.path / CONFIG).exists() or (launch := vm.launch()) is None or launch.boot_id != boot_id():
             return True
-        return _told(vm).state is not None
+        return told(vm).state is not None
 
     def _observed(self, vm: VMDirectory, domain: Domain | None) -> Observed:
-        told = _told(vm)
+        said = told(vm)
         if domain is None:
             if vm.alive():  # between two boots of a guest that reboots, or a moment before xl ends
-                return Observed(state=VMState.RUNNING, pid=told.pid)
+                return Observed(state=VMState.RUNNING, pid=said.pid)
             return self.ended(vm)
-        lost = None if told.pid and _is_xl(told.pid) else "its xl was killed: it can't reboot, and stays when it ends"
+        lost = None if said.pid and is_xl(said.pid) else "its xl was killed: it can't reboot, and stays when it ends"
+        if domain.suspended or was_paused(vm):  # it is being saved
+            return Observed(state=VMState.PAUSED, reason=lost, pid=said.pid)
         if domain.shut_down and lost:
             return Observed(
                 state=VMState.UNRESPONSIVE, reason=f"the guest has ended; polyvisor kill {vm.name} frees it"
             )
         state = VMState.PAUSED if domain.paused else VMState.RUNNING
-        return Observed(state=state, reason=lost, pid=told.pid)
+        return Observed(state=state, reason=lost, pid=said.pid)
 
     def ended(self, vm: VMDirectory) -> Observed:
         """A VM without a process, by what xl said at its end."""
         launch = vm.launch()
         if launch is None or not (vm.path / CONFIG).exists():
             return Observed(state=VMState.STOPPED)
-        told = _told(vm)
-        if told.state is not None or told.boots == 0:
-            return Observed(state=told.state or VMState.STOPPED, reason=told.reason)
+        said = told(vm)
+        if said.state is not None or said.boots == 0:
+            return Observed(state=said.state or VMState.STOPPED, reason=said.reason)
         if launch.boot_id != boot_id():
             return Observed(state=VMState.CRASHED, reason="the host went down while it ran")
         return Observed(state=VMState.CRASHED, reason="its xl was killed (by someone, or by the kernel: see dmesg)")
@@ -203,25 +217,29 @@ class XenDriver:
         return await connect(vm, CONSOLE_INPUT, CONSOLE_SOCKET)
 
     async def shutdown(self, vm: VMDirectory) -> None:
-        await xl.xl("shutdown", "-F", str((await self._domain(vm)).id))
+        await xl.xl("shutdown", "-F", str((await self._settled(vm)).id))
 
     async def kill(self, vm: VMDirectory) -> None:
         """Destroy the domain, return when everything of it has ended, and take back what it has of the host's network."""
         deadline = time.monotonic() + KILL_S
         while await self.lives(vm):
             if domain := await _find(vm):
-                _note(vm, OURS)
+                note(vm, OURS)
                 with contextlib.suppress(ProcessFailed):  # it has ended meanwhile, or the next look finds it again
                     await xl.xl("destroy", str(domain.id))
+            wake_keeper(vm)
             if time.monotonic() > deadline:
                 raise TimedOut(f"the domain of VM '{vm.name}' does not end", hint="look for it with: xl list -v")
             await pause(_POLL_S)
+        (vm.path / MARK).unlink(missing_ok=True)
         await self._bridge.leave(vm.alive_file)
+
+    def ends_where_it_reboots(self, vm: VMDirectory) -> bool:
+        """What xl does when a guest reboots was settled when it started."""
+        return vm.record.spec.on_reboot is OnReboot.STOP
 
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Ask the guest to reboot, upon which xl starts it anew; raises TimedOut."""
-        if vm.record.spec.on_reboot.value == "stop":
-            raise Unsupported(f"VM '{vm.name}' stops where it reboots (on_reboot: stop)", hint="stop it, then start it")
         await self._anew(vm, timeout_s, lambda domain: xl.xl("reboot", "-F", str(domain.id)))
 
     async def reset(self, vm: VMDirectory) -> None:
@@ -234,36 +252,76 @@ class XenDriver:
         await self._anew(vm, RESET_S, press)
 
     async def _anew(self, vm: VMDirectory, timeout_s: float, act: Callable[[Domain], Awaitable[object]]) -> None:
-        boots, deadline = _told(vm).boots, time.monotonic() + timeout_s
-        await act(await self._domain(vm))
-        while _told(vm).boots == boots:
+        boots, deadline = told(vm).boots, time.monotonic() + timeout_s
+        await act(await self._settled(vm))
+        while told(vm).boots == boots:
             if time.monotonic() > deadline or not vm.alive():
                 problem = f"the guest of VM '{vm.name}' did not reboot"
                 raise TimedOut(problem, hint="it may not listen; use --force to press reset")
             await pause(_POLL_S)
 
     async def pause(self, vm: VMDirectory) -> None:
-        domain = await self._domain(vm)
+        domain = await self._settled(vm)
         if not domain.paused:  # Xen counts pauses
             await xl.xl("pause", str(domain.id))
 
     async def resume(self, vm: VMDirectory) -> None:
-        domain = await self._domain(vm)
+        domain = await self._settled(vm)
         if domain.paused:
             await xl.xl("unpause", str(domain.id))
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
-        raise Unsupported(MISSING["save"])
+        """What makes the same machine again is the configuration that this one has by now."""
+        from polyvisor.drivers.xen.migration import flush_disks, write_memory
+
+        domain = await self._settled(vm)
+        with storage_errors(f"saving VM '{vm.name}'"):
+            config = (vm.path / CONFIG).read_text()
+        try:
+            await write_memory(vm, domain, file, progress)
+            if has_qemu_disks(config):
+                await flush_disks(domain)
+        finally:
+            await settle(vm, lambda: _find(vm))
+        return config
 
     async def restore_command(
         self, launch: Launch, machine: str, nics: tuple[BootNic, ...], vcpus: int | None = None
     ) -> Command:
-        raise Unsupported(MISSING["save"])
+        """Xen takes what the same or an older one has saved (docs/process/xen-release-management in its source)."""
+        version = self._version or (await xl.info()).version
+        if xl.release(version) < xl.release(launch.version):
+            raise CannotStart(f"it was saved on Xen {launch.version}, and this host's is older: {version}")
+        return Command(
+            argv=(xl.program(), "restore", "-F", "-p", CONFIG, "/dev/stdin"), version=version, config=machine
+        )
 
     async def restore(
-        self, vm: VMDirectory, command: Command, user: int | None, file: int, progress: Progress
+        self,
+        vm: VMDirectory,
+        command: Command,
+        nics: tuple[BootNic, ...],
+        user: int | None,
+        file: int,
+        progress: Progress,
     ) -> Observed:
-        raise Unsupported(MISSING["save"])
+        from polyvisor.drivers.xen.migration import open_pipe, read_memory
+
+        launch = vm.launch()
+        assert launch is not None  # noqa: S101 - it was saved
+        reading, writing = open_pipe()
+        with writing:
+            with contextlib.ExitStack() as held:
+                held.enter_context(reading)
+                process = await self._spawned(vm, command, nics, Mode(launch.mode), held, reading.fileno())
+            try:
+                await read_memory(process, writing, file, progress)
+                await self._until_begun(vm, process)
+                await _require_disks(vm, command.config)
+            except BaseException:
+                await self._undo(vm, process)
+                raise
+        return Observed(state=VMState.PAUSED, pid=process.pid)
 
     async def switch_disks(self, vm: VMDirectory, disks: Sequence[BootDisk]) -> None:
         raise Unsupported(MISSING["snapshot-live"])
@@ -309,10 +367,12 @@ class XenDriver:
         return Usage(vcpus=domain.vcpus, memory_mib=domain.memory_mib)
 
     async def set_vcpus(self, vm: VMDirectory, count: int) -> None:
+        await self._settled(vm)
         await resize.set_vcpus(lambda: self._domain(vm), count)
         await self._keep(vm, vcpus=count)
 
     async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
+        await self._settled(vm)
         await resize.set_memory(lambda: self._domain(vm), memory_mib, wait=wait)
         await self._keep(vm, memory_mib=memory_mib)
 
@@ -329,6 +389,11 @@ class XenDriver:
             text = (vm.path / CONFIG).read_text()
             write_atomic(vm.path / CONFIG, with_resources(text, replace(launch.resources, **changes)))
         await xl.xl("config-update", str((await self._domain(vm)).id), str(vm.path / CONFIG))
+
+    async def _settled(self, vm: VMDirectory) -> Domain:
+        """The VM's domain, of which no save is under way, or was cut off; raises WrongState, TimedOut."""
+        await settle(vm, lambda: _find(vm))
+        return await self._domain(vm)
 
     async def _domain(self, vm: VMDirectory) -> Domain:
         """The VM's domain; raises WrongState where it has none, as for a moment while the guest reboots."""
@@ -349,6 +414,14 @@ def _loader(boot: Boot) -> Path | None:
     raise Unavailable(missing_loaders()[f"disk-{boot.mode}"])
 
 
+async def _require_disks(vm: VMDirectory, config: str) -> None:
+    """Raise CannotStart where the domain that xl has just made lacks one of its disks."""
+    if has_qemu_disks(config) and (domain := told(vm).domain) is not None:
+        from polyvisor.drivers.xen.disks import require_served
+
+        await require_served(domain, vm.name)
+
+
 async def _find(vm: VMDirectory) -> Domain | None:
     """The domain with the VM's id; raises what `xl` raises."""
     return (await _domains()).get(vm.record.id)
@@ -359,11 +432,11 @@ async def _domains() -> Mapping[str, Domain]:
     return {uuid: each for uuid, each in parse_list(await xl.xl("list", "-v")).items() if not each.dying}
 
 
-def _cards(vm: VMDirectory, boot: Boot) -> tuple[Card, ...]:
+def _cards(vm: VMDirectory, nics: tuple[BootNic, ...]) -> tuple[Card, ...]:
     """The cards that hang on a bridge of this host."""
     return tuple(
         Card(owner=str(vm.alive_file), mac=nic.mac, bridge=bridge, forwards=nic.forwards)
-        for nic in boot.nics
+        for nic in nics
         if (bridge := bridge_of(nic))
     )
 
@@ -381,11 +454,11 @@ def _locked(vm: VMDirectory, held: contextlib.ExitStack) -> int:
     return fd
 
 
-def _spawn(vm: VMDirectory, argv: tuple[str, ...], inherit: Sequence[int]) -> Program:
+def _spawn(vm: VMDirectory, argv: tuple[str, ...], inherit: Sequence[int], stdin: int) -> Program:
     """Start xl so that it holds the lock on the VM's `alive` file from its first moment to its last."""
     vm.log.unlink(missing_ok=True)
     with vm.log.open("ab") as log:  # to append, since others note there what they did while xl goes on writing
-        return spawn_detached(argv, cwd=vm.path, output=log, inherit=inherit)
+        return spawn_detached(argv, cwd=vm.path, output=log, inherit=inherit, stdin=stdin)
 
 
 def _lock(vm: VMDirectory, fd: int) -> None:
@@ -398,30 +471,3 @@ def _lock(vm: VMDirectory, fd: int) -> None:
             if time.monotonic() > deadline:
                 raise WrongState(f"VM '{vm.name}' has a process already", hint=f"polyvisor kill {vm.name}") from error
             time.sleep(0.001)
-
-
-def _log_text(vm: VMDirectory) -> str:
-    """The end of the VM's log; a guest that reboots without end makes it long."""
-    try:
-        with vm.log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def _told(vm: VMDirectory) -> Told:
-    return read_log(_log_text(vm))
-
-
-def _is_xl(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/comm") as file:  # noqa: PTH123
-            return file.read().strip() == "xl"
-    except OSError:
-        return False
-
-
-def _note(vm: VMDirectory, line: str) -> None:
-    with contextlib.suppress(OSError), vm.log.open("ab") as log:
-        log.write(f"{line}\n".encode())

@@ -53,6 +53,11 @@ class Domain:
         return self.state[3] == "s"
 
     @property
+    def suspended(self) -> bool:
+        """Whether its guest has suspended itself, as it does to be saved, and was not told to go on yet."""
+        return self.shut_down and self.reason == SUSPEND
+
+    @property
     def dying(self) -> bool:
         """Whether only its memory is left to be given back."""
         return self.state[5] == "d"

@@ -11,9 +11,8 @@ from polyvisor.status import Accelerator, Capabilities
 
 MISSING = {
     "fork": "Xen can't start a guest from another one's memory by way of its tools",
-    "save": "saving VMs of Xen is not there yet",
     "snapshot-live": "disks of VMs that run on Xen can't be frozen: stop the VM first",
-    "snapshot-memory": "saving VMs of Xen is not there yet",
+    "snapshot-memory": "snapshots with memory are not there yet for VMs of Xen",
     "uefi": "UEFI firmware for guests of Xen is not there yet",
     "nested": "guests of Xen can't run VMs",
     "vcpus-remove-hvm": "Xen's QEMU plugs vCPUs in and does not pull them out of an HVM guest",

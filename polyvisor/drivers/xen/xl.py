@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from polyvisor.errors import ProcessFailed, Unavailable
 from polyvisor.process import run
 from polyvisor.values import dataclass
 
-_ANSWER_S = 60.0
+ANSWER_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ async def info() -> XenInfo:
     return parse_info((await xl("info")).strip())
 
 
-async def xl(*words: str, timeout_s: float = _ANSWER_S) -> str:
+async def xl(*words: str) -> str:
     """What `xl` prints; raises Unavailable without it, ProcessFailed, TimedOut."""
-    return (await run([program(), *words], timeout_s=timeout_s)).stdout
+    return (await run([program(), *words], timeout_s=ANSWER_S)).stdout
 
 
 def program() -> str:
@@ -72,6 +73,11 @@ def parse_info(text: str) -> XenInfo:
         )
     except (KeyError, ValueError) as error:
         raise ProcessFailed(["xl", "info"], 0, f"what it printed has no good {error}") from error
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The release that a version is of, as numbers to be compared: 4.17.5-pre is of (4, 17)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _words(text: str) -> tuple[str, ...]:
