@@ -2,9 +2,10 @@
 
 The guest goes on in its own QEMU, with its connections. A second QEMU, which will never run a vCPU, has a file in memory for
 its RAM; the guest's is copied there by QEMU's own live migration, and the guest let go on as soon as the last page has been
-sent (emulation of old can't copy while the guest writes: `TCG_COPIES_LIVE`). The second QEMU then writes the state of the devices alone (migration capability `x-ignore-shared`) and ends. From now on
-the file is sealed: nobody can write to it, neither a QEMU that its guest has broken out of, nor one that
-punches holes where the guest's balloon grows. A fork is a QEMU that maps the file privately and reads the devices' state.
+sent (older emulation can't copy while the guest writes: `TCG_COPIES_LIVE`). The second QEMU then writes the state of the
+devices alone (migration capability `x-ignore-shared`) and ends. From now on the file is sealed: nobody can write to it,
+neither a QEMU that its guest has broken out of, nor one that punches holes where the guest's balloon grows. A fork is a QEMU
+that maps the file privately and reads the devices' state.
 
 Seals: memfd_create(2), fcntl(2). See docs/design/fork.md.
 """
