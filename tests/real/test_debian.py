@@ -200,6 +200,38 @@ def test_every_guest_is_its_own(facts: dict[str, dict[str, str]]) -> None:
         assert "" not in contents
 
 
+FORK_FACTS = {
+    **{name: FACTS[name] for name in ("hostname", "machine id", "host key")},
+    "other host keys": "ls /etc/ssh/ssh_host_*_key | tr '\\n' ' '",
+    "random number": "cat /proc/sys/kernel/random/uuid",
+    "kept": "cat /dev/shm/kept",
+    "boot": "cat /proc/sys/kernel/random/boot_id",
+    "failed": FACTS["failed"],
+}
+
+
+@pytest.mark.parametrize("boot", ["uefi", "direct"])
+async def test_forks_are_their_own(facts: dict[str, dict[str, str]], host: Host, boot: str) -> None:
+    """The same boot and memory; a name, machine id, host key and random numbers of each one's own."""
+    await output(host, boot, "echo kept >/dev/shm/kept")
+    forked = await host.fork(f"by-{boot}", ["by-fork1", "by-fork2"])
+    assert forked.same_identity is None
+    script = "; ".join(f"echo {shlex.quote(name)}=$({command})" for name, command in FORK_FACTS.items())
+    found: list[dict[str, str]] = []
+    for each in (boot, "fork1", "fork2"):
+        await host.wait_for_ssh(f"by-{each}", timeout_s=BOOT_S)
+        found.append(dict(line.split("=", 1) for line in (await output(host, each, script)).splitlines()))
+    for name in ("hostname", "machine id", "host key", "random number"):
+        assert len({one[name] for one in found}) == 3, [one[name] for one in found]
+    assert [one["hostname"] for one in found] == [f"by-{boot}", "by-fork1", "by-fork2"]
+    assert {one["kept"] for one in found} == {"kept"}
+    assert len({one["boot"] for one in found}) == 1
+    assert [one["other host keys"] for one in found[1:]] == ["/etc/ssh/ssh_host_ed25519_key"] * 2
+    assert {one["failed"] for one in found} == {""}
+    for fork in ("fork1", "fork2"):
+        await forget(host, fork)
+
+
 @pytest.mark.parametrize("boot", FIRST_BOOTS)
 async def test_first_boot(facts: dict[str, dict[str, str]], host: Host, boot: str) -> None:
     """Look at all that a first boot has to do; switch off."""
