@@ -158,6 +158,8 @@ async def take(host: Host, vm: VMDirectory, progress: Progress, *, runs: bool) -
         )
     except PolyvisorError as error:
         error.about(f"VM '{vm.name}' was not forked")
+        if (await host.drivers.of(vm).inspect(vm)).state is not VMState.PAUSED:
+            note.unlink(missing_ok=True)
         raise
     note.unlink(missing_ok=True)
     record, launch = disks.vm_record(vm), vm.launch()

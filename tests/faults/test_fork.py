@@ -162,6 +162,7 @@ def test_second_qemu_killed(polyvisor: Polyvisor) -> None:
     assert "'vm' was not forked" in done.error_line()
     assert polyvisor.states() == {"vm": "running"}
     assert qemus(polyvisor.home) == before
+    assert not (polyvisor.home / "vms/vm/forking").exists(), "if the user pauses it now, that is no cut-off fork"
     polyvisor.good(*FORK)
     polyvisor.good("rm", "--force", "--all")
     assert_nothing_left(polyvisor.home)
