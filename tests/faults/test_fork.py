@@ -90,7 +90,7 @@ def test_killed_at_every_step(launchers: list[Launcher], source: str, then: str)
         return done
 
     every = STEPS if then == "fork" else STEPS * (1 if THOROUGH else 2)
-    walked(f"fork of a {source} VM, then {then}", Walk(launchers, step, every=every).walk(), at_least=40 // every)
+    walked(f"fork of a {source} VM, then {then}", Walk(launchers, step, every=every).walk(), at_least=60 // every)
     for launcher in launchers:
         launcher.good("rm", "--force", "vm")
         assert_nothing_left(launcher.home)
