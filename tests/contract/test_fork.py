@@ -32,7 +32,7 @@ IDENTITY = (
 )
 # Writes to many pages while it is copied, and has the kernel do so; ends by itself.
 WORK = (
-    "(for i in $(seq 30); do dd if=/dev/zero of=/dev/shm/work bs=64k count=200; rm /dev/shm/work; ls -lR /etc /sys/bus; done)"
+    "(for i in $(seq 5); do dd if=/dev/zero of=/dev/shm/work bs=64k count=200; rm /dev/shm/work; ls -lR /etc /sys/bus; done)"
     " >/dev/null 2>&1 &"
 )
 WAIT = "while [ ! -e /tmp/go ]; do sleep 0.1; done; cat /tmp/go"
