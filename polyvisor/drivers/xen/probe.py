@@ -12,7 +12,7 @@ from polyvisor.status import Accelerator, Capabilities
 MISSING = {
     "save": "saving VMs of Xen is not there yet",
     "snapshot-live": "disks of VMs that run on Xen can't be frozen: stop the VM first",
-    "snapshot-memory": "disks of VMs that run on Xen can't be frozen, so no memory that fits them can be kept",
+    "snapshot-memory": "snapshots with memory are not there yet for VMs of Xen",
     "uefi": "UEFI firmware for guests of Xen is not there yet",
     "nested": "guests of Xen can't run VMs",
     "vcpus-remove-hvm": "Xen's QEMU plugs vCPUs in and does not pull them out of an HVM guest",
