@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from polyvisor.errors import Busy, NotFound, PolyvisorError
 from polyvisor.host import disks
-from polyvisor.host.snapshots import read_all
+from polyvisor.host.snapshots import layers_of, read_all
 from polyvisor.host.store import VMDirectory
 from polyvisor.images import qemu_img
 from polyvisor.operation import Progress, Step
@@ -52,6 +52,8 @@ def _next(host: Host) -> tuple[str, str] | None:
 async def _merged(host: Host, held: str, parent: str, layer_id: str, progress: Progress) -> bool:
     """Whether the layer `parent` was merged into the one above it."""
     standers = _standers(host, layer_id)
+    if _others_stand(host, layer_id):
+        return False
     async with AsyncExitStack() as stack:
         for name, _ in standers:
             if name != held:
@@ -85,6 +87,16 @@ def _standers(host: Host, layer_id: str) -> list[tuple[str, int]]:
                     if layer_id in [each.id for each in host.layers.chain(top)]:
                         found.setdefault(name, i)
     return sorted(found.items())
+
+
+def _others_stand(host: Host, layer_id: str) -> bool:
+    """Whether something else than VMs and snapshots stands on a layer or on one above it: nobody knows what it has open."""
+    known: set[str | None] = set()
+    for name in host.store.names():
+        vm = VMDirectory(host.store.directory(name).path)
+        with contextlib.suppress(NotFound):
+            known |= {*vm.record.layers, *layers_of(vm)}
+    return any(layer_id in [each.id for each in host.layers.chain(top)] for top in disks.standing(host) - known)
 
 
 def _image_below(host: Host, name: str, index: int) -> list[Path]:

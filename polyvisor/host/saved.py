@@ -115,8 +115,9 @@ async def save(vm: VMDirectory, driver: Driver, progress: Progress) -> None:
     """Save a VM and end its process; one that is saved stays so. Where it fails the VM goes on as before."""
     if await _is_done(vm, driver):
         return
-    # An earlier save or fork that was cut off may have paused it, rather than the user.
-    paused = (await driver.inspect(vm)).state is VMState.PAUSED and not (_note(vm).exists() or vm.is_forking())
+    # An earlier save, snapshot or fork that was cut off may have paused it, rather than the user.
+    by_us = _note(vm).exists() or vm.is_being_kept() or vm.is_forking()
+    paused = (await driver.inspect(vm)).state is VMState.PAUSED and not by_us
     try:
         _begin(vm, paused)
         (vm.path / FORKING).unlink(missing_ok=True)

@@ -118,3 +118,25 @@ def test_killed_qemu_in_the_middle(polyvisor: Polyvisor) -> None:
     polyvisor.good("snapshot", "create", "vm", "--name", "a")
     polyvisor.good("start", "vm")
     assert polyvisor.states() == {"vm": "running"}
+
+
+@pytest.mark.parametrize("verb", ["save", "resume"])
+def test_a_guest_that_a_killed_command_left_standing_still(polyvisor: Polyvisor, verb: str) -> None:
+    """It was not its user who paused it: it goes on, then or after it was saved."""
+    polyvisor.good("run", "tiny", "--name", "vm", "--memory", "512M", "--wait", "--timeout", "120")
+    process = polyvisor.start("snapshot", "create", "vm", "--name", "a")
+    new = polyvisor.home / "vms/vm/snapshots/.new-a/memory"
+    while not (new.exists() and new.stat().st_size > 1 << 20):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.0005)
+    process.kill()
+    assert finish(("snapshot", "create", "vm"), process).killed
+    [shown] = polyvisor.good("ls", "--json").json()
+    assert shown["state"] == "paused" and "polyvisor resume vm" in shown["reason"]
+    polyvisor.good(verb, "vm")
+    if verb == "save":
+        polyvisor.good("start", "vm")
+    assert polyvisor.states() == {"vm": "running"}
+    polyvisor.good("pause", "vm")
+    made = polyvisor.good("snapshot", "create", "vm", "--name", "a", "--json").json()
+    assert (made["running"], polyvisor.states()) == (False, {"vm": "paused"})

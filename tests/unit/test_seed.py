@@ -30,6 +30,18 @@ def test_initrd_seed_holds_what_the_guest_reads() -> None:
     }
 
 
+def test_a_clone_is_given_another_machine_id_once() -> None:
+    """By vendor data, which leave the user's own user data as they are; no other VM gets that."""
+    assert nocloud_files(DATA)["vendor-data"] == b""
+    seed = SeedData(instance_id="i-2", hostname="h", user_data="#!/bin/sh\n", renew=True)
+    files = nocloud_files(seed)
+    assert files["user-data"] == b"#!/bin/sh\n"
+    assert files["vendor-data"].startswith(b"#cloud-config\n")
+    [command] = yaml.safe_load(files["vendor-data"])["bootcmd"]
+    assert command[:3] == ["cloud-init-per", "instance", "polyvisor-machine-id"]
+    assert "systemd-machine-id-setup" in command[-1]
+
+
 def test_user_data_is_readable_by_root_alone() -> None:
     seed = SeedData(instance_id="i", hostname="h", user_data="#!/bin/sh\necho ä\n")
     mode, content, _ = unpack(initrd_seed(seed))["etc/polyvisor/user-data"]

@@ -175,6 +175,18 @@ async def test_a_merge_that_was_cut_off_changes_nothing(
     assert (raw(host), raw(host, 1)) == there
 
 
+async def test_what_others_stand_on_is_not_merged(host: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a VM nor a snapshot has the layer in the middle: somebody may have its files open."""
+    for name in ("a", "b", "c"):
+        await host.snapshot_create("web", snapshot=name)
+    other, standing = vm(host).record.layers, disks.standing
+    await host.snapshot_revert("web", "a")
+    monkeypatch.setattr(disks, "standing", lambda here: standing(here) | {layer for layer in other if layer})
+    await host.snapshot_remove("web", "c")
+    await host.snapshot_remove("web", "b")
+    assert [len(host.layers.files(layer)) for layer in other] == [3, 3]
+
+
 async def test_layers_that_a_clone_stands_on_are_not_merged_into(host: Machine) -> None:
     write(host, 1)
     await host.snapshot_create("web", snapshot="a")
