@@ -22,7 +22,7 @@ from polyvisor.drivers.qemu.agent import has_agent_port
 from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host import disks, identity, prepare
-from polyvisor.host.keys import KNOWN_HOSTS, LOGIN, SSH, give_host_key, read_host_key
+from polyvisor.host.keys import KNOWN_HOSTS, LOGIN, SSH, Reserve, give_host_key, read_host_key
 from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, boot_nics
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import FORKING, UNBORN, WARM, VMDirectory
@@ -87,14 +87,19 @@ async def fork(host: Host, name: str, names: Sequence[str], progress: Progress) 
         held.callback(os.close, source.template.memory)
         held.callback(os.close, source.template.state)
         copied = time.monotonic()
-        statuses = await begin(host, source, names, progress, go=runs)
+        forks, begun_at = await begin(host, source, names, progress, go=runs)
         return Forked(
-            forks=tuple(statuses),
+            forks=await statuses(host, forks),
             pause_s=source.template.pause_s,
             copy_s=copied - began,
-            begin_s=time.monotonic() - copied,
+            begin_s=begun_at - copied,
             same_identity=source.refusal,
         )
+
+
+async def statuses(host: Host, forks: Sequence[VMDirectory]) -> tuple[VMStatus, ...]:
+    """How they are, all asked at once."""
+    return tuple(await asyncio.gather(*(host._status(fork) for fork in forks)))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -169,15 +174,13 @@ async def take(host: Host, vm: VMDirectory, progress: Progress, *, runs: bool) -
     )
 
 
-async def begin(host: Host, source: Source, names: Sequence[str], progress: Progress, *, go: bool) -> list[VMStatus]:
-    """Make a fork of each of these names, whose locks are held, and, with `go`, let them go once all have the memory."""
-    return [await host._status(fork) for fork in await begun(host, source, names, progress, go=go)]
-
-
-async def begun(
+async def begin(
     host: Host, source: Source, names: Sequence[str], progress: Progress, *, go: bool, warm: bool = False
-) -> list[VMDirectory]:
-    """The directories of such forks."""
+) -> tuple[list[VMDirectory], float]:
+    """Make a fork of each of these names, whose locks are held, and, with `go`, let them go once all have the memory.
+
+    Returns their directories and when (time.monotonic) the last was let go. What is `warm` is no VM so far.
+    """
     done = 0
 
     async def one(name: str) -> VMDirectory:
@@ -193,11 +196,11 @@ async def begun(
     async with AsyncExitStack() as undo:
         forks = await _together([one(name) for name in names])
         if go and len(names) > 1:
-            for fork in forks:
-                await host.drivers.qemu.resume(fork)
+            await _together([host.drivers.qemu.resume(fork) for fork in forks])
+        begun_at = time.monotonic()
         await asyncio.to_thread(_make_durable, host, forks)
         undo.pop_all()
-    return forks
+    return forks, begun_at
 
 
 async def make(host: Host, source: Source, name: str, undo: AsyncExitStack, *, warm: bool = False) -> VMDirectory:
@@ -300,7 +303,10 @@ async def start(
         )
         await driver.fork(fork, command, record.user, source.template, told, born, go=go)
 
-    await with_free_ports(launch)
+    async with Reserve(host.home.keys) as reserve:
+        if together == 1:  # many don't wait for one another's keys
+            reserve.begin()
+        await with_free_ports(launch)
 
 
 def _nothing() -> None:

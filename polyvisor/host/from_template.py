@@ -22,7 +22,7 @@ from polyvisor.drivers.base import Template
 from polyvisor.drivers.qemu.agent import tell
 from polyvisor.drivers.qemu.fork import seal, sealed
 from polyvisor.errors import PolyvisorError
-from polyvisor.files import storage_errors, write_atomic
+from polyvisor.files import storage_errors, sync_directory, write_atomic
 from polyvisor.host import fork, identity
 from polyvisor.host.fork import Source
 from polyvisor.host.record import boot_id
@@ -55,16 +55,19 @@ async def run(host: Host, name: str, names: Sequence[str], number: int, progress
         async with AsyncExitStack() as undo:
             for each in sorted(warm):
                 await _take(host, place, each, undo)
+            begun_at = time.monotonic()
             if cold:
                 source = await _open(host, place, note, held, progress)
-                await fork.begin(host, source, cold, progress, go=True)
+                _, begun_at = await fork.begin(host, source, cold, progress, go=True)
+            with storage_errors("making the VMs durable"):
+                sync_directory(host.home.vms)
             undo.pop_all()
         image = host.images.store.by_id(place.record.image_id)
         return Forked(
-            forks=tuple([await host._status(host.store.directory(each)) for each in chosen]),
+            forks=await fork.statuses(host, [host.store.directory(each) for each in chosen]),
             pause_s=0.0,
             copy_s=0.0,
-            begin_s=time.monotonic() - began,
+            begin_s=begun_at - began,
             same_identity=fork.refusal(image, place.launch()),
         )
 
@@ -89,7 +92,7 @@ async def warm_up(host: Host, name: str, names: Sequence[str], number: int, prog
                 for each in sorted(wanted):
                     fork.make_room(await held.enter_async_context(host.store.locked(each, "warm")))
                 source = await _open(host, place, note, held, progress)
-                await fork.begun(host, source, wanted, progress, go=False, warm=True)
+                await fork.begin(host, source, wanted, progress, go=False, warm=True)
         return describe(host, place)
 
 

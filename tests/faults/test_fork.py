@@ -18,7 +18,7 @@ import pytest
 from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, finish, processes, qemus
 from tests.faults.test_concurrency import at_once
 from tests.faults.test_crash_points import Walk, launchers, walked
-from tests.thorough import EVERY, THOROUGH
+from tests.thorough import THOROUGH
 
 __all__ = ["launchers"]
 
@@ -26,8 +26,9 @@ pytestmark = pytest.mark.qemu
 
 FORK = ("fork", "vm", "copy")
 DISK = ("--disk", "1G")
-# A walk takes each step, or each seventh: a fork is many steps, and each costs two or three of them.
-STEPS = 1 if THOROUGH else 7
+# A walk takes each step, or each 23rd: a fork is many steps, and each costs two or three of them.
+STEPS = 1 if THOROUGH else 23
+WALKS = [(source, then) for source in ("running", "paused") for then in ("fork", "rm", "resume", "save")]
 
 
 def states(home: Launcher | Polyvisor) -> dict[str, str]:
@@ -58,8 +59,7 @@ def looks_right(launcher: Launcher | Polyvisor, source: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["fork", "rm", "resume", "save"])
-@pytest.mark.parametrize("source", ["running", "paused"])
+@pytest.mark.parametrize(("source", "then"), WALKS if THOROUGH else [("running", "fork"), ("paused", "save")])
 def test_killed_at_every_step(launchers: list[Launcher], source: str, then: str) -> None:
     for launcher in launchers:
         launcher.good("run", "tiny", "--name", "vm", *DISK)
@@ -118,8 +118,8 @@ def test_undone(launchers: list[Launcher], fault: str) -> None:
 
     walked(
         f"fork, {fault}",
-        Walk(launchers, step, every=EVERY).walk(),
-        at_least=(10 if fault != "interrupt" else 40) // EVERY,
+        Walk(launchers, step, every=STEPS).walk(),
+        at_least=(10 if fault != "interrupt" else 40) // STEPS,
     )
     for launcher in launchers:
         launcher.good("rm", "--force", "vm")
