@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyvisor.compare.environment import is_emulated, is_nested, parse_facts
-from polyvisor.compare.place import Place, choose_targets
+from polyvisor.compare.place import Place, choose_targets, seeks_hosts
 from polyvisor.compare.plan import Plan, check_plan, visits
 from polyvisor.compare.target import Kind, Target, parse_target, refusal, spec_of
 from polyvisor.compare.workload import Stage, all_workloads, choose_workloads
@@ -112,6 +112,10 @@ class TestWhere:
         places = [place(None, NO_KVM, TCG), place("x", XEN, modes=("pv", "pvh"))]
         assert [t.label for t in choose_targets([], places[:1], everywhere=False)] == ["tcg"]
         assert len(choose_targets([], places, everywhere=False)) == 3
+
+    def test_other_hosts_are_looked_at_where_they_may_be_needed_alone(self) -> None:
+        assert seeks_hosts([]) and seeks_hosts(["tcg", "kvm"])
+        assert not seeks_hosts(["tcg", "native", "xen-pv@lab-xen1"])
 
     def test_where_it_is_nowhere_all_reasons_are_told(self) -> None:
         with pytest.raises(Unavailable, match=r"this host: the CPU has no vmx; x: no driver"):
