@@ -144,6 +144,7 @@ async def _measure(context: Context, options: argparse.Namespace, results: Resul
                 context.note(f"{plan.targets[0].label} is all that works here; for KVM and Xen: polyvisor lab up")
             results = await session.new_results(plan, places)
         else:
+            session.check_same_machines(results, places)
             results = session.resumed(results)
         workloads = session.workloads_of(results)
         machines = session.machines_of(results, places)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from polyvisor import __version__
-from polyvisor.compare.environment import environment_of
+from polyvisor.compare.environment import described, environment_of
 from polyvisor.compare.machine import Guest, Machine, Native
 from polyvisor.compare.place import Place, refused
 from polyvisor.compare.plan import Plan, check_plan
@@ -91,6 +91,18 @@ def workloads_of(results: Results) -> dict[str, Workload]:
                 hint="begin anew; a report of what there is: polyvisor compare report FILE",
             )
     return found
+
+
+def check_same_machines(results: Results, places: Mapping[str | None, Place]) -> None:
+    """Raise WrongState where a target's host is another machine, or runs another kernel, than when `results` was begun."""
+    for target in results.plan.targets:
+        before, now = results.environments.get(target.label, {}), described(places[target.host].status)
+        for key in now:
+            if key in before and before[key] != now[key]:
+                raise WrongState(
+                    f"the host of target '{target.label}' is not as it was: {key} was {before[key]}, and is {now[key]}",
+                    hint="begin anew, and see what has changed: polyvisor compare diff OLD NEW",
+                )
 
 
 def resumed(results: Results) -> Results:
