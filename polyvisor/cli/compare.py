@@ -140,8 +140,11 @@ async def _measure(context: Context, options: argparse.Namespace, results: Resul
     try:
         if results is None:
             plan = _plan(options, list(places.values()))
+            if len(plan.targets) == 1 and not options.targets:
+                context.note(f"{plan.targets[0].label} is all that works here; for KVM and Xen: polyvisor lab up")
             results = await session.new_results(plan, places)
         else:
+            session.check_same_machines(results, places)
             results = session.resumed(results)
         workloads = session.workloads_of(results)
         machines = session.machines_of(results, places)
@@ -157,7 +160,7 @@ async def _places(context: Context, options: argparse.Namespace, results: Result
 
     Raises what is wrong with one that was asked for; one of the lab that does not answer is left out.
     """
-    from polyvisor.compare.place import Place, hosts_named
+    from polyvisor.compare.place import Place, hosts_named, seeks_hosts
 
     if results is not None:
         wanted: list[str | None] = list(dict.fromkeys(target.host for target in results.plan.targets))
@@ -166,7 +169,8 @@ async def _places(context: Context, options: argparse.Namespace, results: Result
         texts = _words(options.targets)
         named = hosts_named(texts, _words(options.hosts))
         wanted = [*([] if options.hosts else [None]), *named]
-        optional = [] if options.hosts or context.is_elsewhere else [n for n in _lab_hosts() if n not in named]
+        alone = options.hosts or context.is_elsewhere or not seeks_hosts(texts)
+        optional = [] if alone else [name for name in _lab_hosts() if name not in named]
     places: dict[str | None, Place] = {}
     for name in [*wanted, *optional]:
         from polyvisor.cli.remote import named_host

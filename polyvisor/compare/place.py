@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from polyvisor.compare.cap import cap_refusal
 from polyvisor.compare.machine import Shell
-from polyvisor.compare.target import Target, offered, parse_target, refusal
+from polyvisor.compare.target import Kind, Target, offered, parse_target, refusal
 from polyvisor.errors import InvalidInput, Unavailable
 from polyvisor.host.api import HostApi
 from polyvisor.process import Completed, run
@@ -97,6 +97,12 @@ def _placed(target: Target, text: str, places: Sequence[Place], everywhere: bool
     if len(able) == 1:
         return [replace(target, host=able[0].name)]
     return [parse_target(f"{text}@{place.name}" if place.name else text) for place in able]
+
+
+def seeks_hosts(texts: Sequence[str]) -> bool:
+    """Whether hosts that nobody has named may be needed: emulation, and a host itself, are to be had on any."""
+    targets = [parse_target(text) for text in texts]
+    return not targets or any(t.host is None and t.kind not in (Kind.TCG, Kind.NATIVE) for t in targets)
 
 
 def hosts_named(texts: Sequence[str], hosts: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from polyvisor import __version__
-from polyvisor.compare.environment import environment_of
+from polyvisor.compare.environment import described, environment_of
 from polyvisor.compare.machine import Guest, Machine, Native
 from polyvisor.compare.place import Place, refused
 from polyvisor.compare.plan import Plan, check_plan
@@ -93,7 +93,19 @@ def workloads_of(results: Results) -> dict[str, Workload]:
     return found
 
 
+def check_same_machines(results: Results, places: Mapping[str | None, Place]) -> None:
+    """Raise WrongState where a target's host is another machine, or runs another kernel, than when `results` was begun."""
+    for target in results.plan.targets:
+        before, now = results.environments.get(target.label, {}), described(places[target.host].status)
+        for key in now:
+            if key in before and before[key] != now[key]:
+                raise WrongState(
+                    f"the host of target '{target.label}' is not as it was: {key} was {before[key]}, and is {now[key]}",
+                    hint="begin anew, and see what has changed: polyvisor compare diff OLD NEW",
+                )
+
+
 def resumed(results: Results) -> Results:
-    """`results` without failures and what was said of them: those are tried again."""
+    """`results` without failures, which are tried again, and without notes, which were of how it ended."""
     kept = tuple(each for each in results.measurements if each.error is None)
-    return replace(results, measurements=kept, notes=tuple(n for n in results.notes if "was given up" not in n))
+    return replace(results, measurements=kept, notes=())

@@ -143,10 +143,11 @@ def cpu_s(pid: int) -> float:
 
 
 def test_an_image_without_the_program_is_one_line(environment: dict[str, str], tmp_path: Path, home: Home) -> None:
-    words = ["--targets", "tcg", "--workloads", "fio", "--image", "tiny", "-o", str(tmp_path / "raw.json")]
+    words = ["--targets", "tcg", "--workloads", "disk", "--image", "tiny", "-o", str(tmp_path / "raw.json")]
     done = compare(environment, *words)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
+    assert not (tmp_path / "raw.json").exists()
     assert "image 'tiny' lacks the program 'fio' (Debian's package fio)" in last
     assert VMStore(home).names() == []
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyvisor.compare.environment import is_emulated, is_nested, parse_facts
-from polyvisor.compare.place import Place, choose_targets
+from polyvisor.compare.environment import described, is_emulated, is_nested, parse_facts
+from polyvisor.compare.place import Place, choose_targets, seeks_hosts
 from polyvisor.compare.plan import Plan, check_plan, visits
+from polyvisor.compare.session import check_same_machines
 from polyvisor.compare.target import Kind, Target, parse_target, refusal, spec_of
 from polyvisor.compare.workload import Stage, all_workloads, choose_workloads
-from polyvisor.errors import InvalidInput, Unavailable
+from polyvisor.errors import InvalidInput, Unavailable, WrongState
 from polyvisor.host.host import Host
 from polyvisor.spec.vm import Hypervisor, Mode
 from polyvisor.status import Accelerator, Capabilities, HostStatus
-from tests.unit.compared import WORKLOADS, plan
+from tests.unit.compared import WORKLOADS, plan, results
 
 
 class TestTargets:
@@ -113,6 +116,10 @@ class TestWhere:
         assert [t.label for t in choose_targets([], places[:1], everywhere=False)] == ["tcg"]
         assert len(choose_targets([], places, everywhere=False)) == 3
 
+    def test_other_hosts_are_looked_at_where_they_may_be_needed_alone(self) -> None:
+        assert seeks_hosts([]) and seeks_hosts(["tcg", "kvm"])
+        assert not seeks_hosts(["tcg", "native", "xen-pv@lab-xen1"])
+
     def test_where_it_is_nowhere_all_reasons_are_told(self) -> None:
         with pytest.raises(Unavailable, match=r"this host: the CPU has no vmx; x: no driver"):
             choose_targets(["kvm"], [place(None, NO_KVM, TCG), place("x", XEN)], everywhere=False)
@@ -160,8 +167,6 @@ class TestPlan:
             Plan(seed=1, runs=1, warmups=0, image="tiny", targets=(), workloads=("a",))
 
     def test_a_target_with_nothing_to_do_is_refused(self) -> None:
-        from dataclasses import replace
-
         with pytest.raises(InvalidInput, match="native"):
             check_plan(replace(plan("native"), workloads=("birth",)), WORKLOADS)
         check_plan(plan("native"), WORKLOADS)
@@ -184,6 +189,15 @@ class TestWorkloads:
         with pytest.raises(InvalidInput) as raised:
             choose_workloads(["boot", "syscals"], quick=False)
         assert raised.value.hint == "did you mean syscalls?"
+
+
+def test_a_comparison_goes_on_where_it_was_begun_alone() -> None:
+    here = place(None, TCG)
+    begun = replace(results(plan("tcg")), environments={"tcg": {**described(here.status), "load": "1"}})
+    check_same_machines(begun, {None: here})
+    other = replace(begun, environments={"tcg": {**described(here.status), "kernel": "5.10"}})
+    with pytest.raises(WrongState, match=r"kernel was 5\.10, and is 6\.1"):
+        check_same_machines(other, {None: here})
 
 
 def test_what_is_emulated_and_nested() -> None:

@@ -178,6 +178,7 @@ async def test_no_round_begins_that_would_end_too_late(tmp_path: Path) -> None:
     assert now <= 130
     assert len(found.values("tcg", "a", "speed")) == len(found.values("kvm", "a", "speed")) == 3, "whole rounds alone"
     assert found.notes == ("the time (2 minutes) was enough for 3 of 50 runs",)
+    assert resumed(found).notes == (), "it is not true any more"
 
 
 class TestRawData:

@@ -21,6 +21,7 @@ SCRIPTS = {name: each for name, each in all_workloads().items() if isinstance(ea
 SAID = {path.stem: path.read_text() for path in sorted(CAPTURED.glob("*.txt"))}
 # What is counted and timed by our own scripts is printed by them.
 SAID |= {"loop": "1000 5.10 7.10\n", "spawn": "200 5.10 7.10\n", "hash": "16 150\n", "pipe": "64 128\n"}
+SAID["compile"] = "100.50 163.25\n"
 SAID["syscalls"] = "5.10 7.10\n1194394+0 records in\n1194393+0 records out\n611529216 bytes (583.2MB) copied\n"
 EXPECTED = {
     "loop": {"loops": 500.0},
@@ -32,6 +33,10 @@ EXPECTED = {
     "crypto": {"aes": 18305169.54 / (1 << 20), "sha": 28303576.72 / (1 << 20)},
     "faults": {"rounds": 275.99},
     "switches": {"switches": 294.16},
+    "compile": {"time": 62.75},
+    "bandwidth": {"write": 1005.74, "read": 1605.13, "random": 5.20},
+    "database": {"transactions": 1.704478, "latency": 2346.759},
+    "web": {"requests": 44.23, "p99": 749.74},
     "timer": {"average": 673.0, "p99": 8047.0, "max": 40057.0},
 }
 
