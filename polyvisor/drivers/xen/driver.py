@@ -151,6 +151,7 @@ class XenDriver:
         with contextlib.suppress(PolyvisorError):
             if domain := await _find(vm):
                 await xl.xl("destroy", str(domain.id))
+        note(vm, OURS)  # it has not crashed
         with contextlib.suppress(PolyvisorError):
             await self._bridge.leave(vm.alive_file)
 
