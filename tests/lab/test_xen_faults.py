@@ -1,7 +1,7 @@
 """What goes wrong on the lab's Xen host itself: clear errors, and nothing lost or left.
 
-What can't be tried there without losing the host for the other tests: xenstored killed. Debian's (oxenstored) can't be started
-anew beside domains, so every call of `xl` fails until the host boots again. Here it stands still instead.
+NOT TESTED: xenstored killed. What it knows of the domains is in its memory alone, so the host, which other tests use, would
+have to boot again. Here it stands still instead, which makes every call of xl hang.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from polyvisor.drivers.base import Observed
 from polyvisor.drivers.xen import disks, dom0, driver, resize, xenctrl, xl
 from polyvisor.errors import CannotStart, ProcessFailed, TimedOut
 from polyvisor.home import Home
@@ -146,6 +147,7 @@ async def test_a_guest_without_its_disk_has_not_started(
     with pytest.raises(CannotStart, match=r"does not serve the disk xvdb: .*failed to create drive"):
         await start(vm, disks=XL_BOOTS["pv-disks"].disks)
     assert domains(xen) == [] and not vm.alive()
+    assert await DRIVER.inspect(vm) == Observed(state=VMState.STOPPED)
     (xen / "backends").write_text(BACKENDS.format(first="2", second="2"))
     assert (await start(vm, disks=XL_BOOTS["pv-disks"].disks)).state is VMState.RUNNING
     await DRIVER.kill(vm)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from polyvisor.process import Program
 
 CONFIG = "xl.cfg"
-START_S = 120.0
+START_S = 240.0
 KILL_S = 90.0
 RESET_S = 60.0
 _POLL_S = 0.05
@@ -151,6 +151,7 @@ class XenDriver:
         with contextlib.suppress(PolyvisorError):
             if domain := await _find(vm):
                 await xl.xl("destroy", str(domain.id))
+        note(vm, OURS)  # it has not crashed
         with contextlib.suppress(PolyvisorError):
             await self._bridge.leave(vm.alive_file)
 
