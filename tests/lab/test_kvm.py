@@ -16,12 +16,14 @@ from polyvisor.status import VMState
 
 # The contract's tests take `api`, which is the lab's KVM host here (conftest.py).
 from tests.contract.guest import guest
+from tests.contract.test_fork import *  # noqa: F403
 from tests.contract.test_images import *  # noqa: F403
 from tests.contract.test_inside import *  # noqa: F403
 from tests.contract.test_life import *  # noqa: F403
 from tests.contract.test_resize import *  # noqa: F403
 from tests.contract.test_save import *  # noqa: F403
 from tests.contract.test_snapshot import *  # noqa: F403
+from tests.contract.test_template import *  # noqa: F403
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(1800)]
 

@@ -35,6 +35,8 @@ STATUSES = {
     "protocol": 1,
     "qmp-lost": 1,
     "qmp-refused": 1,
+    "disagrees": 1,
+    "not-probed": 1,
 }
 
 
