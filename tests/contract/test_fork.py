@@ -52,7 +52,7 @@ async def answering(api: HostApi, *names: str) -> None:
         await api.wait_for_ssh(name, timeout_s=BOOT_S)
 
 
-def write(text: str) -> str:
+def on_disk(text: str) -> str:
     """A command that writes a text to the beginning of the disk, and sees to it that it is there."""
     return f"echo {text} | dd of={DISK} bs=512 conv=sync,fsync 2>/dev/null"
 
@@ -70,7 +70,7 @@ async def test_forks_go_on_from_one_moment(api: HostApi, spec: VMSpec) -> None:
     source, names = spec.name, ["a", "b", "c"]
     await api.run(dataclasses.replace(spec, disks=(Disk(size_gib=1),)))
     await answering(api, source)
-    await guest(api, source, f"{write('before')}; echo kept >/tmp/file; {COUNT}")
+    await guest(api, source, f"{on_disk('before')}; echo kept >/tmp/file; {COUNT}")
     waiting = asyncio.ensure_future(guest(api, source, WAIT))
     while len(before := await counted(api, source)) < 3:
         pass
@@ -99,7 +99,7 @@ async def test_forks_go_on_from_one_moment(api: HostApi, spec: VMSpec) -> None:
     await check_counts({name: await counted(api, name) for name in everyone}, before)
 
     for name in everyone:
-        await guest(api, name, write(name))
+        await guest(api, name, on_disk(name))
     assert [await guest(api, name, READ) for name in everyone] == everyone
     for name in (source, "a"):
         await api.stop(name)
