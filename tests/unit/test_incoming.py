@@ -23,6 +23,7 @@ GIB = 1 << 30
 WAITING = ["-S", "-incoming", "defer"]
 BACKEND = "memory-backend-file,id=pc.ram,size=128M,mem-path=/proc/self/fd/7"
 EXACT = "x-use-canonical-path-for-ramblock-id=off"
+OWN_MEMORY = f"-object memory-backend-memfd,id=pc.ram,size=128M,share=on,{EXACT}"
 OTHER_SSH = Forward(host_port=50001, guest_port=22)
 FORK = Fork(
     name="copy",
@@ -70,6 +71,7 @@ class TestTemplate:
     def test_what_differs_from_the_guest_s_own(self) -> None:
         gone, come = differences(started(TINY), template(TINY))
         assert gone == {
+            OWN_MEMORY,
             "-machine pc,usb=off,vmport=off,dump-guest-core=off",
             "-chardev socket,id=qmp,path=run/qmp.sock,server=on,wait=off",
             "-chardev socket,id=observe,path=run/observe.sock,server=on,wait=off",
@@ -86,7 +88,6 @@ class TestTemplate:
             "-chardev null,id=agent",
             "-netdev user,id=nic0",
             f"-object {BACKEND},share=on,{EXACT}",
-            "-machine memory-backend=pc.ram",
             "-S",
             "-incoming defer",
         }
@@ -147,6 +148,7 @@ class TestFork:
             "-uuid 6f4d0a54-1f0a-4b5e-9d0e-2b7f6a1c9e11",
             "-machine pc,usb=off,vmport=off,dump-guest-core=off",
             "-accel tcg,thread=multi,tb-size=32",
+            OWN_MEMORY,
             "-netdev user,id=nic0,hostfwd=tcp:127.0.0.1:40001-:22",
         }
         assert come == {
@@ -156,7 +158,6 @@ class TestFork:
             "-accel tcg,thread=multi,tb-size=16",
             "-netdev user,id=nic0,hostfwd=tcp:127.0.0.1:50001-:22",
             f"-object {BACKEND},share=off,{EXACT}",
-            "-machine memory-backend=pc.ram",
             "-S",
             "-incoming defer",
         }
@@ -213,7 +214,12 @@ class TestAgain:
         plain = restoring_argv(started(TINY), MACHINE.type, FORK.nics, MACHINE.vcpus)
         gone, come = differences(plain, argv)
         accel = "-accel tcg,thread=multi,tb-size="
-        assert gone == {"-name guest=web-1,process=web-1", f"-uuid {TINY.id}", f"{accel}32"}
+        assert gone == {
+            "-name guest=web-1,process=web-1",
+            f"-uuid {TINY.id}",
+            f"{accel}32",
+            *(OWN_MEMORY, "-machine memory-backend=pc.ram"),
+        }
         assert come == {"-name guest=copy,process=copy", f"-uuid {FORK.id}", f"{accel}16"}
         assert argv[-3:] == WAITING and argv.count("-S") == 1
 

@@ -175,7 +175,7 @@ async def test_a_copy(monkeypatch: pytest.MonkeyPatch, vm: VMDirectory, open_fil
     with pytest.raises(PermissionError):
         os.pwrite(template.memory, b"x", 0)
     assert source.said.count("cont") == 1 and "stop" not in source.said
-    assert source.capabilities() == {"pause-before-switchover": False}
+    assert source.capabilities() == {"pause-before-switchover": False, "x-ignore-shared": False}
     assert second.said == ["migrate-incoming", "migrate-set-capabilities", "migrate", "quit"]
     assert second.capabilities() == {"x-ignore-shared": True}
     assert second.waited and not (vm.run / "template.sock").exists()
@@ -256,7 +256,7 @@ async def test_disks_are_frozen_while_it_stands_still(monkeypatch: pytest.Monkey
     [before] = seen
     assert "migrate" in before and "migrate-continue" not in before
     assert source.said.index("migrate-continue") < source.said.index("cont")
-    assert source.capabilities() == {"pause-before-switchover": False}
+    assert source.capabilities() == {"pause-before-switchover": False, "x-ignore-shared": False}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ async def test_disks_that_can_not_be_frozen(
         await copied(monkeypatch, vm, source, second, at_pause=at_pause)
     after = source.said[source.said.index("migrate") :]
     assert after == ["migrate", "migrate_cancel", "cont", "migrate-set-capabilities"]
-    assert source.capabilities() == {"pause-before-switchover": False}
+    assert source.capabilities() == {"pause-before-switchover": False, "x-ignore-shared": False}
     assert second.waited and open_files() == []
 
 

@@ -32,6 +32,8 @@ TCG_BUFFER_MIB = 32
 # It is what an emulated fork needs most memory for: of a guest's own it has some 5 MiB, and it translates everything anew.
 # Those that are many share the CPUs, and gain less from it.
 FORK_BUFFER_MIB, CROWD_BUFFER_MIB, CROWD = 16, 8, 16
+RAM = "pc.ram"  # as QEMU itself calls it
+SHARED_MEMORY = "memory-backend-memfd"
 BALLOON = "balloon"
 # Tells the guest that there may be another one like it: each QEMU has a new one, and a guest that goes on in it renews its
 # random numbers (docs/specs/vmgenid.rst of QEMU; Linux' drivers/virt/vmgenid.c).
@@ -45,6 +47,7 @@ def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[s
         binary,
         *identity_argv(boot),
         *machine_argv(boot),
+        *memory_argv(boot),
         *cpu_argv(boot),
         *firmware_argv(boot, uefi_code),
         *kernel_argv(boot),
@@ -67,6 +70,21 @@ def identity_argv(boot: Boot) -> list[str]:
         *("-uuid", boot.id),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-no-user-config", "-nodefaults"),
+    ]
+
+
+def memory_argv(boot: Boot) -> list[str]:
+    """Under emulation, memory as a file that QEMU shares, from which forks are made at once (`shared_memory.py`).
+
+    The words make it the same memory to a migration as that of a QEMU without them. Under KVM it would cost huge pages, and
+    lists of written pages can be relied on there; a guest that runs guests is never forked.
+    """
+    if boot.accelerator != "tcg" or boot.cpu == NESTED:
+        return []
+    size = f"size={boot.resources.memory_max_mib}M"
+    return [
+        *("-object", f"{SHARED_MEMORY},id={RAM},{size},share=on,x-use-canonical-path-for-ramblock-id=off"),
+        *("-machine", f"memory-backend={RAM}"),
     ]
 
 

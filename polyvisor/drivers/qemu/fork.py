@@ -1,17 +1,21 @@
 """A running guest as a template, and forks that begin from it: memory is shared until it is written.
 
-The guest goes on in its own QEMU, with its connections. A second QEMU, which will never run a vCPU, has a file in memory for
-its RAM; the guest's is copied there by QEMU's own live migration, and the guest let go on as soon as the last page has been
-sent (older emulation can't copy while the guest writes: `TCG_COPIES_LIVE`). The second QEMU then writes the state of the
-devices alone (migration capability `x-ignore-shared`) and ends. From now on the file is sealed: nobody can write to it,
-neither a QEMU that its guest has broken out of, nor one that punches holes where the guest's balloon grows. A fork is a QEMU
-that maps the file privately and reads the devices' state.
+The guest goes on in its own QEMU, with its connections. Its memory becomes a file in memory that nobody writes to any more: it
+is sealed, so that neither a QEMU that its guest has broken out of can, nor one that punches holes where the guest's balloon
+grows. A fork is a QEMU that maps the file privately and reads the state of the devices, which migration writes alone where
+memory is a shared file (capability `x-ignore-shared`). There are two ways to such a file:
+
+- Where QEMU shares its memory, it is copied from there (`shared_memory.py`), and QEMU itself writes its devices' state.
+- Elsewhere a second QEMU, which will never run a vCPU, has such a file for its RAM, and gets the guest's by QEMU's own live
+  migration; the guest is let go on as soon as the last page has been sent (older emulation can't copy while the guest
+  writes: `TCG_COPIES_LIVE`). That one writes the state of the devices, and ends.
 
 Seals: memfd_create(2), fcntl(2). See docs/design/fork.md.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -24,8 +28,10 @@ from typing import IO, TYPE_CHECKING, Any
 from polyvisor.drivers.base import Template
 from polyvisor.drivers.qemu.incoming import TEMPLATE_SOCKET, Machine, memory_size, template_argv
 from polyvisor.drivers.qemu.migration import (
+    IGNORE_SHARED,
     PAUSE_BEFORE_SWITCHOVER,
     UNDER_WAY,
+    as_by_default,
     end_migration,
     handed_over,
     machine_type,
@@ -36,6 +42,8 @@ from polyvisor.drivers.qemu.migration import (
 from polyvisor.drivers.qemu.programs import Qemu
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
 from polyvisor.drivers.qemu.resize import usage
+from polyvisor.drivers.qemu.shared_memory import Copy, memory_of
+from polyvisor.drivers.qemu.vm_process import lock_holders
 from polyvisor.errors import PolyvisorError, TimedOut
 from polyvisor.host.record import Launch
 from polyvisor.host.store import VMDirectory
@@ -48,8 +56,6 @@ if TYPE_CHECKING:
 
 AtPause = Callable[[], Awaitable[None]]
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-# Leaves memory out that is a file, of what is written and read. As a property (-global migration.…) QEMU 7.2 does not have it.
-IGNORE_SHARED = "x-ignore-shared"
 START_S = 60.0
 END_S = 10.0
 # How long the guest may stand still, in ms, by how long it has been tried, in s: one that writes faster than its memory can
@@ -59,6 +65,8 @@ DOWNTIMES = ((0.0, 60), (3.0, 500), (10.0, 10_000))
 # the copy: clearing the list of written pages did not reach the translated code that writes (system/physmem.c, "Fix migration
 # dirty bitmap coherency with TCG memory access"). So such a guest stands still for all of the copy.
 TCG_COPIES_LIVE = (9, 0)
+# From this version on memory counts as shared, and is left out, only where it is a file with a name.
+KNOWS_FILES = (8, 1)
 _POLL_S = 0.001
 _NAME = "template"
 
@@ -78,20 +86,57 @@ async def take_template(
     await end_migration(monitor)
     if await require_movable(monitor) != "running" and runs:
         await monitor.execute("cont")  # an earlier copy was cut off
-    live = launch.hypervisor != "tcg" or await _version(monitor) >= TCG_COPIES_LIVE
     machine = Machine(type=await machine_type(monitor), vcpus=(await usage(monitor)).vcpus)
-    sizes = await _disk_sizes(monitor)
-    with contextlib.ExitStack() as kept:
+    with contextlib.ExitStack() as kept, contextlib.ExitStack() as used:
         memory = _kept(kept, os.memfd_create(f"polyvisor-{vm.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         state = _kept(kept, os.memfd_create("polyvisor-state", os.MFD_CLOEXEC))
-        os.ftruncate(memory, int(memory_size(launch.argv).removesuffix("M")) << 20)
-        argv = qemu.renewed(template_argv(launch.argv, machine, memory, sizes))
-        async with _second(vm, argv, user, memory) as second:
-            pause_s = await _copy(monitor, second, progress, at_pause, runs=runs, live=live)
-            await _write_devices(second, state)
+        os.ftruncate(memory, size := int(memory_size(launch.argv).removesuffix("M")) << 20)
+        version = await _version(monitor)
+        shared = _shared_memory(vm, size) if version < KNOWS_FILES else None
+        if shared is not None:
+            copy = used.enter_context(contextlib.closing(Copy(_kept(used, shared), memory, size)))
+            pause_s = await _follow(monitor, copy, state, progress, at_pause, runs=runs)
+        else:
+            argv = qemu.renewed(template_argv(launch.argv, machine, memory, await _disk_sizes(monitor)))
+            live = launch.hypervisor != "tcg" or version >= TCG_COPIES_LIVE
+            async with _second(vm, argv, user, memory) as second:
+                pause_s = await _copy(monitor, second, progress, at_pause, runs=runs, live=live)
+                await _write_devices(second, state)
+        used.close()
         seal(memory)
         kept.pop_all()
     return Template(memory=memory, state=state, machine=machine.type, vcpus=machine.vcpus, pause_s=pause_s)
+
+
+def _shared_memory(vm: VMDirectory, size: int) -> int | None:
+    """The file that is the memory of the VM's QEMU, where it shares it."""
+    with contextlib.suppress(FileNotFoundError):  # it has ended, as whoever asks it next will find
+        return next((fd for pid in lock_holders(vm) if (fd := memory_of(pid, size)) is not None), None)
+    return None
+
+
+async def _follow(
+    source: Monitor, copy: Copy, state: int, progress: Progress, at_pause: AtPause | None, *, runs: bool
+) -> float:
+    """Copy memory that QEMU shares while the guest runs, and then, while it stands still, what has changed, and its devices.
+
+    Returns for how many seconds it stood still.
+    """
+    progress(Step("copying memory"))
+    await asyncio.to_thread(copy.copy)
+    with source.events("STOP", "RESUME") as events:
+        try:
+            if runs:
+                await source.execute("stop")
+            if at_pause is not None:
+                await at_pause()
+            await as_by_default(source)
+            await _write_devices(source, state)
+            await asyncio.to_thread(copy.follow)
+        finally:
+            await _let_go(source, runs=runs)
+        times = {event["event"]: _seconds(event["timestamp"]) for event in events()}
+    return times["RESUME"] - times["STOP"] if runs else 0.0
 
 
 def seal(memory: int) -> None:
@@ -155,6 +200,7 @@ async def _copy(
             await source.execute_with(ours.fileno(), "getfd", fdname=_NAME)
         try:
             await source.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+            await as_by_default(source)
             await set_capability(source, PAUSE_BEFORE_SWITCHOVER, at_pause is not None)
             if runs and not live:
                 await source.execute("stop")
@@ -190,7 +236,7 @@ async def _let_go(source: Monitor, *, runs: bool) -> None:
         await end_migration(source)
         if runs:
             await source.execute("cont")
-        await set_capability(source, PAUSE_BEFORE_SWITCHOVER, False)
+        await as_by_default(source)
 
 
 async def _settled(second: Monitor) -> None:
@@ -243,6 +289,6 @@ def _said(log: IO[bytes]) -> str:
 
 
 def _kept(stack: contextlib.ExitStack, fd: int) -> int:
-    """`fd`, closed where the block fails."""
+    """`fd`, closed with the stack."""
     stack.callback(os.close, fd)
     return fd

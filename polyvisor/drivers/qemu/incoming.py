@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from polyvisor.drivers.base import BootNic, Fork
-from polyvisor.drivers.qemu.argv import CROWD, CROWD_BUFFER_MIB, FORK_BUFFER_MIB, QMP_SOCKET, smp
+from polyvisor.drivers.qemu.argv import CROWD, CROWD_BUFFER_MIB, FORK_BUFFER_MIB, QMP_SOCKET, RAM, SHARED_MEMORY, smp
 from polyvisor.drivers.qemu.devices import netdev, with_disks
 from polyvisor.values import dataclass
 
-RAM = "pc.ram"
 TEMPLATE_SOCKET = "run/template.sock"
 _WAITING = ("-S", "-incoming", "defer")
 _WAITED = (("-S", None), ("-incoming", "defer"))
@@ -43,7 +42,7 @@ def restoring_argv(argv: Sequence[str], machine: str, nics: Sequence[BootNic], v
     Ports of the host are those of `nics`.
     """
     like = _like(Machine(type=machine, vcpus=vcpus))
-    return [*changed(argv, {**like, "-netdev": _network(nics)}), *_WAITING]
+    return [*changed(argv, {**like, "-netdev": _network(nics)}), *_own_memory(argv), *_WAITING]
 
 
 def template_argv(argv: Sequence[str], machine: Machine, memory: int, sizes: Mapping[str, int]) -> list[str]:
@@ -100,6 +99,13 @@ def parsed(argv: Sequence[str]) -> tuple[Sequence[str], list[tuple[str, str | No
     first = next(i for i, word in enumerate(argv) if word.startswith("-"))
     rest = iter(argv[first:])
     return argv[:first], [(option, None if option in _FLAGS else next(rest)) for option in rest]
+
+
+def _own_memory(argv: Sequence[str]) -> list[str]:
+    """The words by which QEMU makes the memory itself, as a file that it shares (`argv.memory_argv`); none in a fork."""
+    _, options = parsed(argv)
+    made = [value for option, value in options if option == "-object" and value and value.startswith(SHARED_MEMORY)]
+    return ["-object", made[0], "-machine", f"memory-backend={RAM}"] if made else []
 
 
 def _is_memory(option: str, value: str | None) -> bool:

@@ -29,6 +29,8 @@ _FILE_IN_SET = (9, 1)
 UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 # Makes a migration wait for its last part; a copy for forks sets it, and may be killed before it takes that back.
 PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
+# Leaves memory out that is a file, of what is written and read. As a property (-global migration.…) QEMU 7.2 does not have it.
+IGNORE_SHARED = "x-ignore-shared"
 # In these run states the vCPUs stand still until they are told to go on, in the others a guest may wake by itself.
 _SAVABLE = ("running", "paused", "io-error", "postmigrate")
 _DEVICES_BYTES = 4 << 20  # they come after the memory, and take a tenth of that
@@ -46,7 +48,7 @@ async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
     await end_migration(monitor)
     await _stop(monitor)
     machine = await machine_type(monitor)
-    await set_capability(monitor, PAUSE_BEFORE_SWITCHOVER, False)
+    await as_by_default(monitor)  # or a copy that was cut off would leave out the memory
     await monitor.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
     try:
         async with handed_over(monitor, file) as uri:
@@ -57,6 +59,13 @@ async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
             await end_migration(monitor)
         raise
     return machine
+
+
+async def as_by_default(monitor: Monitor) -> None:
+    """Let migrations write everything, without a stop on the way."""
+    names = (PAUSE_BEFORE_SWITCHOVER, IGNORE_SHARED)
+    off = [{"capability": name, "state": False} for name in names]
+    await monitor.execute("migrate-set-capabilities", capabilities=off)
 
 
 async def machine_type(monitor: Monitor) -> str:
