@@ -74,6 +74,7 @@ def fork_argv(argv: Sequence[str], machine: Machine, memory: int, fork: Fork) ->
             "-uuid": lambda _: fork.id,
             "-accel": lambda value: _with_buffer(value, FORK_BUFFER_MIB if fork.together < CROWD else CROWD_BUFFER_MIB),
             "-netdev": _network(fork.nics),
+            "-device": _address(fork.nics),
         },
     )
     return [*words, *memory_argv(argv, memory, share=False), *_WAITING]
@@ -151,6 +152,22 @@ def _network(nics: Sequence[BootNic]) -> Change:
 
     def change(value: str) -> str:
         return next((netdev(n, nic) for n, nic in enumerate(nics) if f"id=nic{n}" in value.split(",")), value)
+
+    return change
+
+
+def _address(nics: Sequence[BootNic]) -> Change:
+    """The address of each card as it is after a reset: the fork's own where others see it.
+
+    A user network is the VM's own, and remembers by its address who its one guest is.
+    """
+
+    def change(value: str) -> str:
+        words = value.split(",")
+        for n, nic in enumerate(nics):
+            if f"id=nic{n}-dev" in words and nic.network != "user":
+                return ",".join(f"mac={nic.mac}" if word.startswith("mac=") else word for word in words)
+        return value
 
     return change
 
