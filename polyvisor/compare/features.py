@@ -180,6 +180,23 @@ async def _saved(prober: Prober) -> str:
     return f"saved in {save:.1f} s, restored in {restore:.1f} s"
 
 
+async def _forked(prober: Prober) -> str:
+    async with prober.guest() as guest:
+        await guest.run("echo kept >/run/polyvisor-probe", timeout_s=_QUESTION_S)
+        name = f"{guest.spec.name[:58]}-fork"
+        forked = await prober.api.fork(guest.spec.name, [name])
+        try:
+            await prober.api.wait_for_ssh(name, timeout_s=BOOT_S)
+            completed = await execute(
+                prober.api, name, ["sh", "-c", "cat /run/polyvisor-probe; hostname"], timeout_s=60
+            )
+        finally:
+            await prober.api.remove(name, force=True)
+    said = completed.stdout.split()
+    _expect(said == ["kept", name], said, "the source's memory under a name of its own")
+    return f"ran {(forked.copy_s + forked.begin_s) * 1000:.0f} ms later; the source stood still for {forked.pause_s * 1000:.0f}"
+
+
 async def _paused(prober: Prober) -> str:
     async with prober.guest() as guest:
         ticks = "cut -d ' ' -f 1 /proc/uptime"
@@ -252,6 +269,7 @@ PROBES: dict[str, Callable[[Prober], Awaitable[str]]] = {
     "console through a reboot": _console,
     "pause and resume": _paused,
     "save and restore": _saved,
+    "fork while running": _forked,
     "live migration": _migrated,
     "versions and licences": _stack,
 }

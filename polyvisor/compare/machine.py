@@ -50,7 +50,7 @@ class Machine(Protocol):
         """Which of `programs` are not there."""
 
     async def time_of(self, event: str) -> float:
-        """How many seconds `create`, `start`, `boot`, `save`, `restore` took, or `answer` after that."""
+        """How many seconds `create`, `start`, `boot`, `save`, `restore` or `fork` took; `answer` and `fork-pause` with them."""
 
     async def memory_mib(self) -> float:
         """How much of its host's memory it takes, in MiB."""
@@ -209,12 +209,22 @@ class Guest(_Base):
     async def time_of(self, event: str) -> float:
         if event in ("create", "start", "boot"):
             await self.up()
+        elif event == "fork":
+            await self._fork()
         elif event == "save":
             await self._save()
         elif event == "restore":
             await self._save()
             await self._restore()
         return self._times[event]
+
+    async def _fork(self) -> None:
+        """Copy the guest while it runs: `fork` is until the copy runs, `fork-pause` how long the guest stands still."""
+        await self.up()
+        name = f"{self.spec.name[:58]}-fork"
+        forked = await self._api.fork(self.spec.name, [name])
+        await self._api.remove(name, force=True)
+        self._times |= {"fork": forked.copy_s + forked.begin_s, "fork-pause": forked.pause_s}
 
     async def _save(self) -> None:
         if self._saved and not self._up:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -71,7 +71,8 @@ def convert(value: object, kind: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else convert(value, next(a for a in arguments if a is not type(None)), path)
-    if origin in (tuple, list):
+    if origin in (tuple, list, Sequence):
+        origin = list if origin is list else tuple
         if not isinstance(value, (list, tuple)):
             raise InvalidInput(path, value, "is not a list", hint=f"write {path}: [ … ]")
         return origin(convert(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))

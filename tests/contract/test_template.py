@@ -9,7 +9,7 @@ from polyvisor.host.api import HostApi
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, guest, needs
 
-pytestmark = [pytest.mark.qemu, pytest.mark.inside]
+pytestmark = pytest.mark.qemu
 forks = pytest.mark.usefixtures("forking")  # a mark of this module would be lost where its tests are imported
 
 SELF = "hostname; cat /etc/machine-id /proc/sys/kernel/random/uuid; sha256sum /etc/dropbear/host_key"
@@ -21,6 +21,7 @@ async def forking(api: HostApi) -> None:
     await needs(api, "fork")
 
 
+@pytest.mark.inside
 @forks
 async def test_vms_begin_from_a_template(api: HostApi, booted: str) -> None:
     """Ready or not, they have the memory of then and an identity of their own; the template outlives its source."""
@@ -59,6 +60,7 @@ async def test_vms_begin_from_a_template(api: HostApi, booted: str) -> None:
         await api.remove(name, force=True)
 
 
+@pytest.mark.inside
 @forks
 async def test_what_is_ready_goes_with_its_template(api: HostApi, booted: str) -> None:
     await api.template_create("base", booted)
@@ -72,6 +74,25 @@ async def test_what_is_ready_goes_with_its_template(api: HostApi, booted: str) -
     with pytest.raises(NotFound):
         await api.run_from("base", ["mine"])
     assert [status.name for status in await api.vms()] == [booted]
+
+
+@forks
+async def test_wherever_the_guest_is(api: HostApi, running: str) -> None:
+    """Whether it has booted or not: all that a host says of it comes back."""
+    forked = await api.fork(running, ["one", "two"])
+    assert [(status.name, status.state) for status in forked.forks] == [
+        (name, VMState.RUNNING) for name in ("one", "two")
+    ]
+    assert forked.pause_s < forked.copy_s
+    used = await api.memory_use(["one", "two"])
+    assert sorted(used) == ["one", "two"]
+    assert used["one"].own_mib > 1
+    await api.template_create("base", running)
+    assert (await api.template_warm("base", names=["three"])).warm == ("three",)
+    assert (await api.run_from("base", ["three"])).forks[0].state is VMState.RUNNING
+    await api.template_remove("base")
+    for name in ("one", "two", "three"):
+        await api.remove(name, force=True)
 
 
 @forks

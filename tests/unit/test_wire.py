@@ -75,6 +75,10 @@ class TestArguments:
         raw = over_the_wire({"params": {"name": "a", "forward": forward}})["params"]
         assert verbs()["add_forward"].arguments(raw) == {"name": "a", "forward": forward}
 
+    def test_names_arrive_as_they_were(self) -> None:
+        assert verbs()["fork"].arguments({"name": "a", "names": ["b", "c"]}) == {"name": "a", "names": ("b", "c")}
+        assert verbs()["memory_use"].arguments({"names": []}) == {"names": ()}
+
     def test_options_are_text_numbers_or_nothing(self) -> None:
         raw = {"kind": "debian", "suite": "bookworm", "size_gib": 3, "mirror": None}
         assert verbs()["image_build"].arguments(raw) == raw
@@ -100,6 +104,8 @@ class TestArguments:
             ("run", {"spec": {"name": "../a", "image": "tiny"}}, "spec.name", "is not a VM name"),
             ("run", {"spec": {"name": "a", "image": "tiny", "x": 1}}, "spec.x", "is an unknown key"),
             ("run", {"spec": "a"}, "spec", "is not a mapping"),
+            ("fork", {"name": "a", "names": "b"}, "names", "is not a list"),
+            ("fork", {"name": "a", "names": [1]}, "names[0]", "is not text"),
             ("image_build", {"kind": "tiny", "size": 1.5}, "size", "is neither text nor a whole number"),
             ("image_build", {"kind": "tiny", "size": ["a"]}, "size", "is neither text nor a whole number"),
             ("image_build", {"kind": ["tiny"]}, "kind", "is not text"),
