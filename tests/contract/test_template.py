@@ -9,7 +9,7 @@ from polyvisor.host.api import HostApi
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, guest, needs
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu]
 forks = pytest.mark.usefixtures("forking")  # a mark of this module would be lost where its tests are imported
 
 SELF = "hostname; cat /etc/machine-id /proc/sys/kernel/random/uuid; sha256sum /etc/dropbear/host_key"
