@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import IO, TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Template
+from polyvisor.drivers.qemu.devices import groups_for
 from polyvisor.drivers.qemu.incoming import TEMPLATE_SOCKET, Machine, memory_size, template_argv
 from polyvisor.drivers.qemu.migration import (
     IGNORE_SHARED,
@@ -170,7 +171,9 @@ async def _second(vm: VMDirectory, argv: tuple[str, ...], user: int | None, memo
     socket_path = vm.path / TEMPLATE_SOCKET
     socket_path.unlink(missing_ok=True)
     with tempfile.TemporaryFile() as log:
-        process = spawn_detached(ending_with_us(argv), cwd=vm.path, output=log, inherit=[memory], user=user)
+        groups = groups_for(argv)
+        command = ending_with_us(argv)
+        process = spawn_detached(command, cwd=vm.path, output=log, inherit=[memory], user=user, groups=groups)
         try:
             async with connected(socket_path, timeout_s=START_S, gone=lambda: process.poll() is not None) as monitor:
                 yield monitor
