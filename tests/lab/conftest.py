@@ -48,7 +48,6 @@ IN_TURN = {
     "test_stop_shuts_the_guest_down_and_disks_are_kept": Mode.PV,
     "test_poweroff_inside_the_guest_stops_the_vm": Mode.PVH,
     "test_reboot_inside_the_guest_keeps_console_ports_and_ssh": Mode.PV,
-    "test_the_verb_reboot_starts_it_again_all_the_same": Mode.PV,
     "test_the_console_is_a_login": Mode.PV,
     "test_forwards_of_the_spec_and_of_a_running_vm": Mode.PV,
     "test_a_taken_port_is_refused": Mode.PV,
@@ -59,11 +58,12 @@ IN_TURN = {
     "test_memory_grows_and_shrinks_while_the_guest_runs": Mode.PVH,
     "test_weight_and_limit": Mode.PV,
     "test_a_saved_vm_goes_on_where_it_was": Mode.PVH,
-    "test_a_paused_vm_is_paused_again": Mode.PV,
-    "test_a_saved_vm_is_not_alive": Mode.PV,
-    "test_only_a_live_vm_can_be_saved": Mode.PV,
-    "test_forwards_are_those_of_the_start": Mode.PVH,
 }
+# What takes minutes on an emulated KVM host too: copying a guest's memory there takes a quarter of one.
+LONG_ON_KVM = ("tests.contract.test_fork", "tests.contract.test_template", "tests.contract.test_snapshot")
+QUICK_ON_KVM = ("test_wherever_the_guest_is", "test_what_can_not_be_forked")
+# Whole modules that are run when all is asked for.
+LONG = ("test_xen_save", "test_xen_faults")
 HOMES = 100
 # What is slow to make, or to find out, is the host's own.
 MAKE_HOMES = b"""
@@ -91,6 +91,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for test in inside:
         if hasattr(test, "callspec") and IN_TURN.get(test.originalname) is not test.callspec.params.get("spec"):
             test.add_marker(pytest.mark.skip(reason=reason))
+    for test in items:
+        if isinstance(test, pytest.Function) and (_is_long_on_kvm(test) or any(each in test.nodeid for each in LONG)):
+            test.add_marker(
+                pytest.mark.skip(reason="takes minutes on an emulated host: tested with POLYVISOR_TEST_ALL=1")
+            )
+
+
+def _is_long_on_kvm(test: pytest.Function) -> bool:
+    if "lab/test_kvm" not in test.nodeid or test.originalname in QUICK_ON_KVM:
+        return False
+    return test.function.__module__ in LONG_ON_KVM
 
 
 @pytest.fixture(scope="module")

@@ -313,7 +313,9 @@ class QemuDriver:
         raise TimedOut(f"the process of VM '{vm.name}' does not end", hint="look for it with ps")
 
     def ends_where_it_reboots(self, vm: VMDirectory) -> bool:
-        return False  # QEMU can be told otherwise for a while
+        # Told otherwise for a while it would end a moment later: SeaBIOS resets the machine once more by itself.
+        launch = vm.launch()
+        return launch is not None and "reboot=shutdown" in launch.argv
 
     async def reboot(self, vm: VMDirectory, timeout_s: float) -> None:
         """Press the power button, keep the process when the guest is down, and boot it again in there.
