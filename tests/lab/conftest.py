@@ -91,9 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for test in inside:
         if hasattr(test, "callspec") and IN_TURN.get(test.originalname) is not test.callspec.params.get("spec"):
             test.add_marker(pytest.mark.skip(reason=reason))
-    for test in items:
-        if isinstance(test, pytest.Function) and (_is_long_on_kvm(test) or any(each in test.nodeid for each in LONG)):
-            test.add_marker(
+    for item in items:
+        if isinstance(item, pytest.Function) and (_is_long_on_kvm(item) or any(each in item.nodeid for each in LONG)):
+            item.add_marker(
                 pytest.mark.skip(reason="takes minutes on an emulated host: tested with POLYVISOR_TEST_ALL=1")
             )
 
