@@ -204,7 +204,7 @@ FORK_FACTS = {
     **{name: FACTS[name] for name in ("hostname", "machine id", "host key")},
     "other host keys": "ls /etc/ssh/ssh_host_*_key | tr '\\n' ' '",
     "random number": "cat /proc/sys/kernel/random/uuid",
-    "kept": "cat /dev/shm/kept",
+    "kept": "cat /run/kept",
     "boot": "cat /proc/sys/kernel/random/boot_id",
     "failed": FACTS["failed"],
 }
@@ -213,7 +213,7 @@ FORK_FACTS = {
 @pytest.mark.parametrize("boot", ["uefi", "direct"])
 async def test_forks_are_their_own(facts: dict[str, dict[str, str]], host: Host, boot: str) -> None:
     """The same boot and memory; a name, machine id, host key and random numbers of each one's own."""
-    await output(host, boot, "echo kept >/dev/shm/kept")
+    await output(host, boot, "echo kept | sudo tee /run/kept")
     forked = await host.fork(f"by-{boot}", ["by-fork1", "by-fork2"])
     assert forked.same_identity is None
     script = "; ".join(f"echo {shlex.quote(name)}=$({command})" for name, command in FORK_FACTS.items())
