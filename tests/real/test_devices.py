@@ -17,7 +17,7 @@ pytestmark = pytest.mark.qemu
 @pytest.mark.parametrize("devices", DeviceModel)
 @pytest.mark.parametrize(("machine", "firmware"), [("pc", Firmware.BIOS), ("q35", Firmware.UEFI)])
 def test_as_many_disks_as_are_allowed(tmp_path: Path, machine: str, firmware: Firmware, devices: DeviceModel) -> None:
-    disks = [BootDisk(path=tmp_path / f"{i}.qcow2", backing=None) for i in range(IDE_PLACES - 1)]
+    disks = [BootDisk(path=tmp_path / f"disk{i}.qcow2", backing=None) for i in range(IDE_PLACES - 1)]
     for disk in disks:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk.path, "1M"], check=True)
     (tmp_path / "seed.iso").write_bytes(bytes(65536))
