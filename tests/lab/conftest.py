@@ -35,6 +35,7 @@ from polyvisor.spec.vm import Mode
 from polyvisor.ssh import execute
 from tests.contract.conftest import booted, running, spec
 from tests.lab.emulation import allow_reruns, pytest_fixture_setup, pytest_pyfunc_call, unwatch, watch
+from tests.thorough import THOROUGH
 
 __all__ = ["booted", "pytest_fixture_setup", "pytest_pyfunc_call", "running", "spec"]
 
@@ -42,26 +43,43 @@ LIMIT_S = 20 * 60
 NEEDED_MEMORY_MIB = 9 * 1024
 NEEDED_STORAGE_MIB = 8 * 1024
 MODES = (Mode.PV, Mode.PVH, Mode.HVM)
-# What `make test-lab` has of the contract on Xen, and in which mode. A guest that boots in mode hvm takes minutes there: QEMU
-# hands it its kernel byte by byte, through an emulated port.
-IN_TURN = {
-    "test_stop_shuts_the_guest_down_and_disks_are_kept": Mode.PV,
-    "test_poweroff_inside_the_guest_stops_the_vm": Mode.PVH,
-    "test_reboot_inside_the_guest_keeps_console_ports_and_ssh": Mode.PV,
-    "test_the_console_is_a_login": Mode.PV,
-    "test_forwards_of_the_spec_and_of_a_running_vm": Mode.PV,
-    "test_a_taken_port_is_refused": Mode.PV,
-    "test_start_and_kill_are_idempotent": Mode.HVM,
-    "test_what_the_guest_gets_is_what_was_asked_for": Mode.PV,
-    "test_a_failed_run_leaves_nothing": Mode.PV,
-    "test_vcpus_are_added_and_removed_while_the_guest_runs": Mode.PVH,
-    "test_memory_grows_and_shrinks_while_the_guest_runs": Mode.PVH,
-    "test_weight_and_limit": Mode.PV,
-    "test_a_saved_vm_goes_on_where_it_was": Mode.PVH,
+# What `make test-lab` runs of the tests that Xen has in several modes, and in which: a test takes a minute and more on an
+# emulated host. A guest in mode hvm takes minutes to boot: QEMU hands it its kernel byte by byte, through an emulated port.
+ON_XEN = {
+    "test_start_and_kill_are_idempotent": (Mode.HVM,),
+    "test_stop_shuts_the_guest_down_and_disks_are_kept": (Mode.PV,),
+    "test_poweroff_inside_the_guest_stops_the_vm": (Mode.PVH,),
+    "test_reboot_inside_the_guest_keeps_console_ports_and_ssh": (Mode.PV,),
+    "test_the_console_is_a_login": (Mode.PV,),
+    "test_what_the_guest_gets_is_what_was_asked_for": (Mode.PV,),
+    "test_a_failed_run_leaves_nothing": (Mode.PV,),
+    "test_vcpus_are_added_and_removed_while_the_guest_runs": (Mode.PVH,),
+    "test_memory_grows_and_shrinks_while_the_guest_runs": (Mode.PV,),
+    "test_a_saved_vm_goes_on_where_it_was": (Mode.PVH,),
+    "test_what_was_set_is_what_xen_says_and_outlives_a_reboot": (Mode.PV,),
+    "test_a_domain_that_somebody_destroys_has_crashed": (Mode.PV, Mode.PVH),
+    "test_a_kernel_that_panics_has_crashed": (Mode.PV,),
+    "test_a_domain_is_found_without_its_processes": (Mode.PV,),
+    "test_guests_of_one_private_network_reach_each_other": (Mode.PV,),
 }
-# What takes minutes on an emulated KVM host too: copying a guest's memory there takes a quarter of one.
-LONG_ON_KVM = ("tests.contract.test_fork", "tests.contract.test_template", "tests.contract.test_snapshot")
-QUICK_ON_KVM = ("test_wherever_the_guest_is", "test_what_can_not_be_forked")
+# And what it runs on KVM, where the whole contract takes half an hour.
+ON_KVM = {
+    "test_a_guest_on_the_kvm_host_runs_under_kvm",
+    "test_the_host_says_what_it_runs_on_and_why",
+    "test_start_and_kill_are_idempotent",
+    "test_pause_and_resume",
+    "test_verbs_on_a_vm_that_is_not_there",
+    "test_what_the_guest_gets_is_what_was_asked_for",
+    "test_a_failed_run_leaves_nothing",
+    "test_stop_shuts_the_guest_down_and_disks_are_kept",
+    "test_reboot_inside_the_guest_keeps_console_ports_and_ssh",
+    "test_the_console_is_a_login",
+    "test_execute_passes_words_status_and_input",
+    "test_vcpus_are_added_and_removed_while_the_guest_runs",
+    "test_a_saved_vm_goes_on_where_it_was",
+    "test_forks_go_on_from_one_moment",
+    "test_what_can_not_be_forked",
+}
 # Whole modules that are run when all is asked for.
 LONG = ("test_xen_save", "test_xen_faults")
 HOMES = 100
@@ -81,27 +99,23 @@ _numbers = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the contract on Xen, run IN_TURN unless all is asked for: on an emulated host a test takes a minute and more."""
+    """Run ON_KVM and ON_XEN unless all is asked for."""
     allow_reruns([item for item in items if "lab/test_xen" in item.nodeid or "lab/test_resize" in item.nodeid])
-    if os.environ.get("POLYVISOR_TEST_ALL"):
-        return
-    reason = "takes a minute and more on an emulated Xen: tested with POLYVISOR_TEST_ALL=1"
-    modules = ("test_xen_contract", "lab/test_resize")
-    inside = [e for e in items if isinstance(e, pytest.Function) and any(module in e.nodeid for module in modules)]
-    for test in inside:
-        if hasattr(test, "callspec") and IN_TURN.get(test.originalname) is not test.callspec.params.get("spec"):
-            test.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
-        if isinstance(item, pytest.Function) and (_is_long_on_kvm(item) or any(each in item.nodeid for each in LONG)):
+        if isinstance(item, pytest.Function) and not THOROUGH and _is_long(item):
             item.add_marker(
                 pytest.mark.skip(reason="takes minutes on an emulated host: tested with POLYVISOR_TEST_ALL=1")
             )
 
 
-def _is_long_on_kvm(test: pytest.Function) -> bool:
-    if "lab/test_kvm" not in test.nodeid or test.originalname in QUICK_ON_KVM:
-        return False
-    return test.function.__module__ in LONG_ON_KVM
+def _is_long(test: pytest.Function) -> bool:
+    if any(module in test.nodeid for module in LONG):
+        return True
+    if "lab/test_kvm" in test.nodeid:
+        return test.originalname not in ON_KVM
+    given = test.callspec.params.values() if hasattr(test, "callspec") else ()
+    modes = [value for value in given if isinstance(value, Mode)]
+    return bool(modes) and modes[0] not in ON_XEN.get(test.originalname, ())
 
 
 @pytest.fixture(scope="module")
