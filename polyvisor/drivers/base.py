@@ -100,13 +100,20 @@ class Boot:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """A VM that begins as a copy of another one that runs: what is its own; `together` is how many begin at once with it."""
+    """A VM that begins as a copy of another one that runs: what is its own; `together` is how many begin at once with it.
+
+    Should it boot again, it does so by `kernel` and `initrd` (None: by those of the source), and its guest finds who it is in
+    the cpio archive `seed`, where there is one.
+    """
 
     name: str
     id: str
     together: int = 1
     nics: tuple[BootNic, ...] = ()
     disks: tuple[BootDisk, ...] = ()
+    kernel: Path | None = None
+    initrd: Path | None = None
+    seed: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

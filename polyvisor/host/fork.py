@@ -15,18 +15,29 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from polyvisor.drivers.base import Fork, Template
+from polyvisor.drivers.base import Fork, Observed, Template
 from polyvisor.drivers.qemu.agent import has_agent_port
 from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host import disks, identity, prepare
 from polyvisor.host.keys import KNOWN_HOSTS, LOGIN, SSH, Reserve, give_host_key, read_host_key
-from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, boot_nics
+from polyvisor.host.observed import status_of
+from polyvisor.host.plan import (
+    FORK_SEED,
+    SEED_DISK,
+    SEEDED_INITRD,
+    UEFI_VARIABLES,
+    boot_nics,
+    boots_directly,
+    shares_initrd,
+)
 from polyvisor.host.record import Launch, Record, boot_id, new_id
 from polyvisor.host.store import FORKING, UNBORN, WARM, VMDirectory
 from polyvisor.images.image import Image, Seed
+from polyvisor.images.mapped import mapped_kernel
 from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
 from polyvisor.spec.forward import parse_forward
@@ -89,17 +100,12 @@ async def fork(host: Host, name: str, names: Sequence[str], progress: Progress) 
         copied = time.monotonic()
         forks, begun_at = await begin(host, source, names, progress, go=runs)
         return Forked(
-            forks=await statuses(host, forks),
+            forks=forks,
             pause_s=source.template.pause_s,
             copy_s=copied - began,
             begin_s=begun_at - copied,
             same_identity=source.refusal,
         )
-
-
-async def statuses(host: Host, forks: Sequence[VMDirectory]) -> tuple[VMStatus, ...]:
-    """How they are, all asked at once."""
-    return tuple(await asyncio.gather(*(host._status(fork) for fork in forks)))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -176,31 +182,39 @@ async def take(host: Host, vm: VMDirectory, progress: Progress, *, runs: bool) -
 
 async def begin(
     host: Host, source: Source, names: Sequence[str], progress: Progress, *, go: bool, warm: bool = False
-) -> tuple[list[VMDirectory], float]:
+) -> tuple[tuple[VMStatus, ...], float]:
     """Make a fork of each of these names, whose locks are held, and, with `go`, let them go once all have the memory.
 
-    Returns their directories and when (time.monotonic) the last was let go. What is `warm` is no VM so far.
+    Returns how they are, in this order, and when (time.monotonic) the last was let go. What is `warm` is no VM so far.
     """
     done = 0
 
-    async def one(name: str) -> VMDirectory:
+    async def one(name: str) -> tuple[VMDirectory, Observed]:
         nonlocal done
         async with turns:
             fork = await make(host, source, name, undo, warm=warm)
-            await start(host, source, fork, together=len(names), go=go and len(names) == 1, warm=warm)
+            observed = await start(
+                host, source, fork, kernel, together=len(names), go=go and len(names) == 1, warm=warm
+            )
         done += 1
         progress(Step("forking", done, len(names), ""))
-        return fork
+        return fork, observed
 
+    kernel = await asyncio.to_thread(_kernel, host, source)
     turns = asyncio.Semaphore((os.cpu_count() or 1) + 1)
     async with AsyncExitStack() as undo:
-        forks = await _together([one(name) for name in names])
+        made = await _together([one(name) for name in names])
+        forks = [fork for fork, _ in made]
         if go and len(names) > 1:
+            # Many that run leave the host little time to wait for its disk.
+            await asyncio.to_thread(_make_durable, host, forks)
             await _together([host.drivers.qemu.resume(fork) for fork in forks])
+            made = [(fork, replace(observed, state=VMState.RUNNING)) for fork, observed in made]
         begun_at = time.monotonic()
-        await asyncio.to_thread(_make_durable, host, forks)
+        if not go or len(names) == 1:
+            await asyncio.to_thread(_make_durable, host, forks)
         undo.pop_all()
-    return forks, begun_at
+    return tuple(status_of(fork, observed) for fork, observed in made), begun_at
 
 
 async def make(host: Host, source: Source, name: str, undo: AsyncExitStack, *, warm: bool = False) -> VMDirectory:
@@ -225,7 +239,7 @@ async def make(host: Host, source: Source, name: str, undo: AsyncExitStack, *, w
         prepare.finish(staging, record)
     undo.push_async_callback(discard, host, fork)
     mode = Mode(source.launch.mode)
-    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode)
+    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode, fork=True)
     return fork
 
 
@@ -276,16 +290,34 @@ def _copy_files(source: Source, fork: VMDirectory) -> None:
 
 
 async def start(
-    host: Host, source: Source, fork: VMDirectory, *, together: int = 1, go: bool, warm: bool = False
-) -> None:
-    """Start the process of a fork, and let it have the memory; with `go` it runs. A `warm` one is not a VM so far."""
-    driver, record = host.drivers.qemu, fork.record
+    host: Host,
+    source: Source,
+    fork: VMDirectory,
+    kernel: Path | None,
+    *,
+    together: int = 1,
+    go: bool,
+    warm: bool = False,
+) -> Observed:
+    """Start the process of a fork, and let it have the memory; with `go` it runs. A `warm` one is not a VM so far.
+
+    `kernel` is what the guest boots by from then on, None the source's.
+    """
+    driver, record, image = host.drivers.qemu, fork.record, source.image
+    shared = image.initrd if shares_initrd(image, Mode(source.launch.mode)) else None
     told, born = (b"", _nothing) if warm else (_told(source, fork), _born(fork))
 
-    async def launch() -> None:
+    async def launch() -> Observed:
         nics = boot_nics(record, None, str(host.home.path))
         wanted = Fork(
-            name=record.spec.name, id=record.id, together=together, nics=nics, disks=disks.disks_of(host, record)
+            name=record.spec.name,
+            id=record.id,
+            together=together,
+            nics=nics,
+            disks=disks.disks_of(host, record),
+            kernel=kernel,
+            initrd=host.images.store.file(image, shared) if shared else None,
+            seed=FORK_SEED if shared else None,
         )
         command = await driver.fork_command(source.launch, source.template, wanted)
         fork.write_launch(
@@ -301,12 +333,18 @@ async def start(
             ),
             durable=False,
         )
-        await driver.fork(fork, command, record.user, source.template, told, born, go=go)
+        return await driver.fork(fork, command, record.user, source.template, told, born, go=go)
 
     async with Reserve(host.home.keys) as reserve:
         if together == 1:  # many don't wait for one another's keys
             reserve.begin()
-        await with_free_ports(launch)
+        return await with_free_ports(launch)
+
+
+def _kernel(host: Host, source: Source) -> Path | None:
+    """The kernel of the source's image as forks share it, where the source boots by it."""
+    direct = boots_directly(source.image, Mode(source.launch.mode))
+    return mapped_kernel(host.images.store, source.image) if direct else None
 
 
 def _nothing() -> None:

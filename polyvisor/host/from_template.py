@@ -29,7 +29,7 @@ from polyvisor.host.record import boot_id
 from polyvisor.host.store import UNBORN, WARM, VMDirectory
 from polyvisor.host.templates import INODE, MEMORY, STATE, Note, alone, copy, describe, get, read, ready, template_of
 from polyvisor.operation import Progress
-from polyvisor.status import Forked, StoredTemplate, VMState
+from polyvisor.status import Forked, StoredTemplate, VMState, VMStatus
 from polyvisor.waiting import event_loop
 
 if TYPE_CHECKING:
@@ -52,19 +52,23 @@ async def run(host: Host, name: str, names: Sequence[str], number: int, progress
         began = time.monotonic()
         warm = {vm.name.removeprefix(WARM) for vm in ready(host, note)} & set(chosen)
         cold = [each for each in chosen if each not in warm]
+        forks: tuple[VMStatus, ...] = ()
         async with AsyncExitStack() as undo:
             for each in sorted(warm):
                 await _take(host, place, each, undo)
             begun_at = time.monotonic()
             if cold:
                 source = await _open(host, place, note, held, progress)
-                _, begun_at = await fork.begin(host, source, cold, progress, go=True)
+                forks, begun_at = await fork.begin(host, source, cold, progress, go=True)
             with storage_errors("making the VMs durable"):
                 sync_directory(host.home.vms)
             undo.pop_all()
         image = host.images.store.by_id(place.record.image_id)
+        begun = {each.name: each for each in forks}
+        for each in warm:
+            begun[each] = await host._status(host.store.directory(each))
         return Forked(
-            forks=await fork.statuses(host, [host.store.directory(each) for each in chosen]),
+            forks=tuple(begun[each] for each in chosen),
             pause_s=0.0,
             copy_s=0.0,
             begin_s=begun_at - began,

@@ -27,6 +27,8 @@ from polyvisor.status import Accelerator, Capabilities
 _NO_XEN = Accelerator(name="xen", available=False, reason="this is no Xen host: it has not been booted by Xen")
 SEED_DISK = Path("disks/seed.iso")
 SEEDED_INITRD = Path("disks/initrd")
+# A fork's own, beside the image's initrd, which forks share: see `shares_initrd`.
+FORK_SEED = Path("disks/seed.cpio")
 UEFI_VARIABLES = Path("disks/uefi-vars.fd")
 
 
@@ -148,6 +150,11 @@ def _why_handed_over(mode: Mode, spec: VMSpec, xen: Capabilities) -> str:
 def boots_directly(image: Image, mode: Mode) -> bool:
     """Whether the hypervisor is given the image's kernel, rather than firmware its disk."""
     return image.kernel is not None and (mode is not Mode.HVM or image.disk is None)
+
+
+def shares_initrd(image: Image, mode: Mode) -> bool:
+    """Whether a fork boots by the image's own initrd, and gets its seed by another way, should its guest ever reboot."""
+    return image.seed is Seed.INITRD and image.agent and image.initrd is not None and boots_directly(image, mode)
 
 
 def choose_firmware(spec: VMSpec, image: Image, mode: Mode, xen: Capabilities | None = None) -> Firmware:

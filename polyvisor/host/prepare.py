@@ -9,10 +9,11 @@ import stat
 from pathlib import Path
 
 from polyvisor.errors import InvalidInput
-from polyvisor.files import storage_errors, sync_files, write_new
+from polyvisor.files import storage_errors, sync_files, write_atomic, write_new
 from polyvisor.home import Home
 from polyvisor.host.keys import KNOWN_HOSTS, give_host_key, login_key_of, read_host_key
 from polyvisor.host.plan import (
+    FORK_SEED,
     SEED_DISK,
     SEEDED_INITRD,
     UEFI_VARIABLES,
@@ -20,11 +21,12 @@ from polyvisor.host.plan import (
     choose_firmware,
     disk_count,
     disk_path,
+    shares_initrd,
 )
 from polyvisor.host.record import Record, record_to_json
 from polyvisor.host.store import VMDirectory
 from polyvisor.images.image import Image, Seed
-from polyvisor.images.seed import SeedData, nocloud_iso, write_seeded
+from polyvisor.images.seed import SeedData, initrd_seed, nocloud_iso, write_seeded
 from polyvisor.images.store import ImageStore
 from polyvisor.spec.vm import Firmware, Mode, VMSpec
 
@@ -94,11 +96,17 @@ def finish(vm: VMDirectory, record: Record) -> None:
     write_new(vm.path / "vm.json", record_to_json(record))
 
 
-async def refresh(vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode) -> None:
-    """Make what a start in `mode` needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables."""
+async def refresh(
+    vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode, *, fork: bool = False
+) -> None:
+    """Make what a start in `mode` needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables.
+
+    A `fork` may share its initrd with others.
+    """
     with storage_errors(f"shortening the console log of VM '{vm.name}'"):
         shorten_log(vm.console_log)
-    seed = await _write_seed(vm, record, image, images, keys, mode)
+    shared = fork and shares_initrd(image, mode)
+    seed = await _write_seed(vm, record, image, images, keys, mode, shared=shared)
     if record.user is not None and seed is not None:
         os.chown(seed, record.user, record.user)
     _copy_uefi_variables(vm, record, image, mode)
@@ -137,7 +145,7 @@ async def _make_disks(vm: VMDirectory, record: Record, image: Image, images: Ima
 
 
 async def _write_seed(
-    vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode
+    vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode, *, shared: bool
 ) -> Path | None:
     if image.seed is Seed.NONE or (
         image.seed is Seed.INITRD and (not boots_directly(image, mode) or image.initrd is None)
@@ -158,6 +166,10 @@ async def _write_seed(
             (vm.path / SEED_DISK).unlink(missing_ok=True)
             nocloud_iso(data, vm.path / SEED_DISK)
             return vm.path / SEED_DISK
+        if shared:
+            write_atomic(vm.path / FORK_SEED, initrd_seed(data), durable=False)
+            return vm.path / FORK_SEED
+        (vm.path / FORK_SEED).unlink(missing_ok=True)  # it was a fork before
         assert image.initrd is not None  # noqa: S101 - checked above
         write_seeded(images.file(image, image.initrd), data, vm.path / SEEDED_INITRD)
     return vm.path / SEEDED_INITRD

@@ -22,7 +22,7 @@ from polyvisor.files import storage_errors, sync_directory, sync_files, write_at
 from polyvisor.host import disks, saved
 from polyvisor.host.merging import merge
 from polyvisor.host.moves import require_settled
-from polyvisor.host.plan import SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, disk_count
+from polyvisor.host.plan import FORK_SEED, SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, disk_count
 from polyvisor.host.record import FORMAT, Record
 from polyvisor.host.snapshots import (
     MAX_DESCRIPTION,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
 _STATES = (VMState.RUNNING, VMState.PAUSED, VMState.STOPPED, VMState.CRASHED)
-_SEEDS = (SEED_DISK, SEEDED_INITRD)
+_SEEDS = (SEED_DISK, SEEDED_INITRD, FORK_SEED)
 
 
 async def create(

@@ -16,6 +16,7 @@ from polyvisor.errors import ImageRefused
 from polyvisor.images import kmod, libraries, tiny_root
 from polyvisor.images.deb import read_deb
 from polyvisor.images.image import Image, ImageFile, Seed
+from polyvisor.images.mapped import mapped_kernel
 from polyvisor.images.mirror import Archive, Package, open_archive
 from polyvisor.images.sources import default_mirror
 from polyvisor.images.store import ImageStore, check_image_name
@@ -81,7 +82,9 @@ async def build_tiny(
         (directory / "vmlinuz").write_bytes(kernel.image)
         (directory / "initrd").write_bytes(initrd)
         image = _manifest(name, archive.release.codename, [*packages, *programs.packages])
-        return await asyncio.to_thread(store.add, directory, image, progress)
+        image = await asyncio.to_thread(store.add, directory, image, progress)
+    await asyncio.to_thread(mapped_kernel, store, image)  # or the first fork would wait for it
+    return image
 
 
 def kernel_package(archive: Archive) -> Package:

@@ -31,6 +31,7 @@ OPTIONAL_MODULES = (
     "nls_cp437",
     "button",
     "evdev",
+    "qemu_fw_cfg",
 )
 DIRECTORIES = {
     "dev": 0o755,

@@ -15,7 +15,7 @@ from polyvisor.errors import PolyvisorError, TimedOut, WrongState
 from polyvisor.host import identity
 from polyvisor.host.record import Record
 from polyvisor.host.store import VMDirectory
-from polyvisor.images import reseed
+from polyvisor.images import reseed, tiny_root
 from polyvisor.images.hostkey import HostKey
 from polyvisor.images.image import Seed
 from polyvisor.operation import silent
@@ -245,6 +245,29 @@ class TestAnswer:
             await identity.until_renewed(vm, 10, silent)
         assert vm.is_renewing(), "it may answer later"
         guest.close()
+
+
+class TestServer:
+    """The agent's shell script, as it starts SSH's server again."""
+
+    AGENT = Path(tiny_root.__file__).with_name("data") / tiny_root.AGENT
+
+    @pytest.mark.parametrize(("fails", "tries"), [(0, 1), (3, 4), (99, 50)])
+    def test_it_is_started_until_its_port_is_free(self, tmp_path: Path, fails: int, tries: int) -> None:
+        """The old one has the port until it has ended; one that can't be started at all is given up."""
+        text = self.AGENT.read_text().replace("/etc/dropbear", str(tmp_path)).replace("/run", str(tmp_path))
+        (tmp_path / "dropbear.pid").write_text("1\n")
+        (tmp_path / "tried").write_text("")
+        server = text[text.index("host_key() {") : text.index("addresses() {")]
+        fakes = f"""
+            kill() {{ echo "$1" >{tmp_path}/killed; }}
+            sleep() {{ :; }}
+            dropbear() {{ echo . >>{tmp_path}/tried; [ $(wc -l <{tmp_path}/tried) -gt {fails} ]; }}
+        """
+        subprocess.run(["sh", "-c", f"{fakes}\ndropbear='\\101'\n{server}\nhost_key"], check=True)
+        assert (tmp_path / "host_key").read_text() == "A"
+        assert (tmp_path / "killed").read_text() == "1\n"
+        assert len((tmp_path / "tried").read_text().split()) == tries
 
 
 class TestReseed:

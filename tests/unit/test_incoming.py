@@ -177,6 +177,21 @@ class TestFork:
         assert memory_argv(started(TINY), 3, share=False)[1].split(",")[-2:] == ["share=off", EXACT]
         assert memory_argv(started(TINY), 3, share=True)[1].split(",")[-2:] == ["share=on", EXACT]
 
+    def test_what_it_boots_by_is_shared_and_its_seed_its_own(self) -> None:
+        own = replace(FORK, kernel=Path("/i/vmlinux"), initrd=Path("/i/initrd"), seed=Path("disks/seed.cpio"))
+        argv = fork(started(TINY), own)
+        assert (values(argv, "-kernel"), values(argv, "-initrd")) == (["/i/vmlinux"], ["/i/initrd"])
+        assert values(argv, "-append") == values(started(TINY), "-append")
+        assert values(argv, "-fw_cfg") == ["name=opt/polyvisor/seed,file=disks/seed.cpio"]
+        assert fork(argv, own) == argv, "a fork's fork has one seed"
+        assert values(fork(argv), "-fw_cfg") == []
+        restored = restoring_argv(argv, MACHINE.type, FORK.nics)
+        assert values(restored, "-fw_cfg") == values(argv, "-fw_cfg"), "its guest may reboot then too"
+
+    def test_firmware_takes_no_kernel(self) -> None:
+        argv = fork(started(UEFI), replace(FORK, disks=DISKS, kernel=Path("/i/vmlinux")))
+        assert "/i/vmlinux" not in argv
+
     def test_its_disks_are_its_own(self) -> None:
         argv = fork(started(DEBIAN), replace(FORK, disks=DISKS))
         disk, seed = (json.loads(value) for value in values(argv, "-blockdev"))

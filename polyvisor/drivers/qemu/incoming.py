@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from polyvisor.drivers.base import BootNic, Fork
 from polyvisor.drivers.qemu.argv import CROWD, CROWD_BUFFER_MIB, FORK_BUFFER_MIB, QMP_SOCKET, RAM, SHARED_MEMORY, smp
@@ -17,6 +18,8 @@ from polyvisor.drivers.qemu.devices import netdev, with_disks
 from polyvisor.values import dataclass
 
 TEMPLATE_SOCKET = "run/template.sock"
+# Where a guest finds its seed that was not appended to its initrd (qemu(1), -fw_cfg; images/data/tiny/init reads it).
+SEED_FILE = "name=opt/polyvisor/seed,file="
 _WAITING = ("-S", "-incoming", "defer")
 _WAITED = (("-S", None), ("-incoming", "defer"))
 _FLAGS = ("-S", "-no-user-config", "-nodefaults")  # those of ours that take no value
@@ -75,9 +78,13 @@ def fork_argv(argv: Sequence[str], machine: Machine, memory: int, fork: Fork) ->
             "-accel": lambda value: _with_buffer(value, FORK_BUFFER_MIB if fork.together < CROWD else CROWD_BUFFER_MIB),
             "-netdev": _network(fork.nics),
             "-device": _address(fork.nics),
+            "-kernel": _file(fork.kernel),
+            "-initrd": _file(fork.initrd),
+            "-fw_cfg": lambda value: None if value.startswith(SEED_FILE) else value,
         },
     )
-    return [*words, *memory_argv(argv, memory, share=False), *_WAITING]
+    seed = ["-fw_cfg", f"{SEED_FILE}{fork.seed}"] if fork.seed else []
+    return [*words, *seed, *memory_argv(argv, memory, share=False), *_WAITING]
 
 
 def changed(argv: Sequence[str], changes: Mapping[str, Change]) -> list[str]:
@@ -170,6 +177,10 @@ def _address(nics: Sequence[BootNic]) -> Change:
         return value
 
     return change
+
+
+def _file(path: Path | None) -> Change:
+    return lambda value: value if path is None else str(path)
 
 
 def _with_buffer(value: str, size_mib: int) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
 from polyvisor.images.bzimage import payload_start
 from polyvisor.images.inspection.budget import MIB, Budget, Unreadable
-from polyvisor.images.inspection.unpacking import Unpacked, packing_of
+from polyvisor.images.inspection.unpacking import Unpacked, packing_of, unpacked
 from polyvisor.values import dataclass
 
 MAX_KERNEL = 128 * MIB  # of the file; Debian's has 8 MiB
@@ -27,6 +28,7 @@ _PT_NOTE = 4
 _XLF_KERNEL_64 = 1
 _LOADED_HIGH = 1
 _ENTRY, _GUEST_OS, _PHYS32_ENTRY = 1, 6, 18
+_UNKNOWN_PACKING = "what the kernel in it is packed with is not known"
 _VERSION = re.compile(rb"[\w.+~-]{1,120}")
 
 
@@ -70,11 +72,31 @@ def read_kernel(data: bytes, budget: Budget) -> Kernel:
         version=version[0].decode() if version else None, architecture=_bitness(data, protocol), packing=None
     )
     payload = _payload(data)
-    packing = "none" if payload.startswith(b"\x7fELF") else packing_of(payload)
+    packing = _packing(payload)
     if packing is None:
-        return replace(kernel, problem="what the kernel in it is packed with is not known")
-    inside: _Bytes = _Plain(payload) if packing == "none" else Unpacked(payload, packing, budget, _MAX_ELF)
-    return _with_notes(replace(kernel, packing=packing), inside)
+        return replace(kernel, problem=_UNKNOWN_PACKING)
+    elf: _Bytes = _Plain(payload) if packing == "none" else Unpacked(payload, packing, budget, _MAX_ELF)
+    return _with_notes(replace(kernel, packing=packing), elf)
+
+
+def inside(data: bytes, budget: Budget) -> Iterator[bytes]:
+    """The kernel proper, an ELF file, in pieces, of a kernel that `read_kernel` has read; raises Unreadable, Spent."""
+    payload = data if data.startswith(_ELF_64_LSB) else _payload(data)
+    packing = _packing(payload)
+    if packing is None:
+        raise Unreadable(_UNKNOWN_PACKING)
+    if packing == "none":
+        yield payload
+        return
+    size = 0
+    for piece in unpacked(payload, packing, budget):
+        if (size := size + len(piece)) > _MAX_ELF:
+            raise Unreadable("the kernel in it is larger than kernels are")
+        yield piece
+
+
+def _packing(payload: bytes) -> str | None:
+    return "none" if payload.startswith(b"\x7fELF") else packing_of(payload)
 
 
 def _bitness(data: bytes, protocol: int) -> str:
