@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
 
 THOROUGH = bool(os.environ.get("POLYVISOR_TEST_ALL"))
 # A walk through a command's steps whose every step takes long takes each one, or each fifth.
 EVERY = 1 if THOROUGH else 5
+
+exhaustive = pytest.mark.skipif(not THOROUGH, reason="takes long: tested with POLYVISOR_TEST_ALL=1")
+
+
+def usually(values: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
+    """Parameters of a test that takes long: those `chosen` are tested in any case, the others when all is asked for."""
+    return [value if value in chosen else pytest.param(value, marks=exhaustive) for value in values]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import AsyncIterator
 
@@ -17,19 +16,12 @@ from polyvisor.remote.move import Place, Wish, move_vm
 from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import Disk, Mode, VMSpec
 from tests.contract.guest import DISK, guest
+from tests.thorough import usually
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(5400)]
 BOOT_S = 900.0
 STOP_S = 300.0
-IMAGES = [
-    "tiny",
-    pytest.param(
-        "debian-12",
-        marks=pytest.mark.skipif(
-            not os.environ.get("POLYVISOR_TEST_ALL"), reason="boots for many minutes: set POLYVISOR_TEST_ALL=1"
-        ),
-    ),
-]
+IMAGES = usually(["tiny", "debian-12"], ["tiny"])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -27,13 +26,10 @@ from polyvisor.status import VMState
 from tests.contract.guest import guest
 from tests.lab.grub_disk import CONFIG, build_grub_disk
 from tests.lab.xen_guest import BOOT_S, on_host, says, typed, until
+from tests.thorough import exhaustive
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(3600)]
-LOADED_S = 900.0  # for GRUB to read kernel and initrd, too
-exhaustive = pytest.mark.skipif(
-    not os.environ.get("POLYVISOR_TEST_ALL"),
-    reason="GRUB reads for minutes on an emulated Xen: set POLYVISOR_TEST_ALL=1",
-)
+LOADED_S = 900.0  # for GRUB to read kernel and initrd, too: minutes on an emulated Xen
 _names = itertools.count()
 
 

@@ -22,6 +22,7 @@ from polyvisor.images.store import ImageStore
 from polyvisor.remote.address import Hosts
 from tests.faults.relay import relaying
 from tests.sshd import Server
+from tests.thorough import exhaustive, usually
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -70,7 +71,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", usually([signal.SIGINT, signal.SIGKILL], [signal.SIGKILL]))
 def test_what_is_cut_off_goes_on(environment: dict[str, str], tmp_path: Path, home: Home, number: int) -> None:
     file = tmp_path / "raw.json"
     words = ["--targets", "a=tcg,b=tcg", "--workloads", "boot,loop", "--image", "tiny", "--runs", "1", "--warmups", "0"]
@@ -152,6 +153,7 @@ def test_an_image_without_the_program_is_one_line(environment: dict[str, str], t
     assert VMStore(home).names() == []
 
 
+@exhaustive
 def test_features_are_what_was_seen(environment: dict[str, str], home: Home) -> None:
     done = compare(environment, "--features", "--targets", "tcg", "--json")
     assert done.returncode == 0, done.stderr
@@ -205,6 +207,7 @@ def test_another_host_by_ssh_and_the_host_itself(home: Home, client: Path, sshd:
     assert VMStore(home).names() == VMStore(Home(client)).names() == []
 
 
+@exhaustive
 async def test_a_host_that_is_lost_keeps_the_rest_and_can_be_taken_up_again(
     home: Home, client: Path, sshd: Server, tmp_path: Path
 ) -> None:

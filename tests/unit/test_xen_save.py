@@ -346,7 +346,7 @@ async def test_killed_at_each_step_of_a_save(host: Host, web: VMDirectory, xen: 
     """The VM is there, or saved, and the same command brings it to its end; what its user had paused stays paused."""
     if before is VMState.PAUSED:
         await host.pause("web")
-    step, steps, every = 1, 0, min(2, EVERY) if before is VMState.RUNNING else EVERY
+    step, steps = 1, 0
     while cut_off(host.home, "save", step):
         assert await state(host) in (before, VMState.PAUSED, VMState.SAVED), step
         assert (await host.save("web")).state is VMState.SAVED, step
@@ -354,8 +354,8 @@ async def test_killed_at_each_step_of_a_save(host: Host, web: VMDirectory, xen: 
         (xen / "count").write_text("0")
         assert (await host.start("web")).state is before, step
         assert ((xen / "count").read_text(), len(domains(xen))) == ("7", 1), step
-        step, steps = step + every, steps + 1
-    assert steps >= 30 // every
+        step, steps = step + EVERY, steps + 1
+    assert steps >= 30 // EVERY
     await host.kill("web")
 
 
@@ -386,6 +386,6 @@ async def test_killed_at_each_step_of_a_restore(host: Host, web: VMDirectory, xe
         assert (await host.start("web")).state is VMState.RUNNING, step
         assert ((xen / "count").read_text(), len(domains(xen))) == ("7", 1), step
         assert not list(web.saved.glob("*")), step
-        step += min(2, EVERY)
+        step += EVERY
     assert step >= 25
     await host.kill("web")
