@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
 RETRY_S = 0.002
+_GONE, _SILENT = "QEMU has ended", "QEMU does not answer on its QMP socket"
 _LONGEST = 4096  # of the greeting and of the first answer
 
 
@@ -124,9 +125,9 @@ async def answer(socket: Path, *, timeout_s: float, gone: Callable[[], bool]) ->
     with _address(socket) as address:
         while not await _answers(address, lambda: gone() or time.monotonic() > deadline):
             if gone():
-                raise QMPLost("QEMU has ended")
+                raise QMPLost(_GONE)
             if time.monotonic() > deadline:
-                raise TimedOut("QEMU does not answer on its QMP socket")
+                raise TimedOut(_SILENT)
             await pause(RETRY_S)
 
 
@@ -185,23 +186,51 @@ async def _client(address: str, deadline: float, gone: Callable[[], bool]) -> QM
 
     while True:
         client = QMPClient("polyvisor")
+        connection = await _connection(address, deadline, gone)
         try:
             async with asyncio.timeout_at(_loop_time(deadline)):
-                await client.connect(address)
+                await client.connect(connection)
         except TimeoutError as error:
-            raise TimedOut("QEMU does not answer on its QMP socket") from error
+            connection.close()
+            raise TimedOut(_SILENT) from error
         except (QMPError, OSError, AssertionError) as error:
             # The library asserts at the end of `connect` that it is connected; QEMU may have ended by then.
             if isinstance(error, AssertionError):
                 with contextlib.suppress(QMPError, OSError, EOFError):
                     await client.disconnect()
-            if gone():
-                raise QMPLost("QEMU has ended") from error
-            if time.monotonic() > deadline:
-                raise TimedOut("QEMU does not answer on its QMP socket") from error
+            connection.close()
+            _require_hope(deadline, gone, error)
         else:
             return client
         await asyncio.sleep(RETRY_S)
+
+
+async def _connection(address: str, deadline: float, gone: Callable[[], bool]) -> Connection:
+    """A connection to `address`, as soon as somebody listens there and has a place free.
+
+    The library could wait for that too, but formats a traceback at each attempt, which takes longer than all the rest.
+    """
+    from socket import AF_UNIX, socket
+
+    while True:
+        connection = socket(AF_UNIX)
+        connection.setblocking(False)
+        try:
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            _require_hope(deadline, gone, error)
+        else:
+            return connection
+        await asyncio.sleep(RETRY_S)
+
+
+def _require_hope(deadline: float, gone: Callable[[], bool], error: BaseException) -> None:
+    """Raise QMPLost, TimedOut where it is of no use to try again."""
+    if gone():
+        raise QMPLost(_GONE) from error
+    if time.monotonic() > deadline:
+        raise TimedOut(_SILENT) from error
 
 
 def _loop_time(deadline: float) -> float:
