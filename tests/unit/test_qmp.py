@@ -1,12 +1,15 @@
 """QMP against a server that behaves, and against some that don't."""
 
 import asyncio
+import contextlib
 import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as Socket  # noqa: N812
 from typing import Any
 
 import pytest
@@ -125,6 +128,37 @@ async def test_a_connection_that_ends_before_the_answer(tmp_path: Path) -> None:
             await monitor.execute("quit")
         with pytest.raises(QMPLost):
             await monitor.execute("stop")
+
+
+async def test_whoever_is_cancelled_leaves_the_only_place_free_at_once(tmp_path: Path) -> None:
+    """Who undoes what was cancelled wants QEMU to answer, while the error is still on its way."""
+    with Socket(AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        server.settimeout(2)
+        for steps in range(12):
+
+            async def connect() -> None:
+                try:
+                    async with connected(tmp_path / "s", timeout_s=5):
+                        raise AssertionError("nobody has greeted it")
+                except asyncio.CancelledError:
+                    await asyncio.sleep(0)  # the loop closes what it has to close
+                    with contextlib.suppress(BlockingIOError):
+                        server.setblocking(False)
+                        while True:
+                            accepted = server.accept()[0]
+                            accepted.settimeout(0.5)
+                            assert accepted.recv(1) == b"", "it is open still"
+                            accepted.close()
+                    raise
+
+            task = asyncio.ensure_future(connect())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
 
 async def test_an_answer_that_never_comes(tmp_path: Path) -> None:

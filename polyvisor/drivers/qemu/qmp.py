@@ -190,15 +190,17 @@ async def _client(address: str, deadline: float, gone: Callable[[], bool]) -> QM
         try:
             async with asyncio.timeout_at(_loop_time(deadline)):
                 await client.connect(connection)
-        except TimeoutError as error:
-            connection.close()
-            raise TimedOut(_SILENT) from error
-        except (QMPError, OSError, AssertionError) as error:
+        except BaseException as error:
             # The library asserts at the end of `connect` that it is connected; QEMU may have ended by then.
             if isinstance(error, AssertionError):
                 with contextlib.suppress(QMPError, OSError, EOFError):
                     await client.disconnect()
+            # Cancelled early, the library has not made it its own; who undoes what was cancelled wants QEMU's only place.
             connection.close()
+            if isinstance(error, TimeoutError):
+                raise TimedOut(_SILENT) from error
+            if not isinstance(error, (QMPError, OSError, AssertionError)):
+                raise
             _require_hope(deadline, gone, error)
         else:
             return client
