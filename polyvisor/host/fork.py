@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from polyvisor.drivers.base import Fork, Observed, Template
 from polyvisor.drivers.qemu.agent import has_agent_port
+from polyvisor.drivers.qemu.migration import in_long_mode
 from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host import disks, identity, prepare
@@ -192,15 +193,16 @@ async def begin(
     async def one(name: str) -> tuple[VMDirectory, Observed]:
         nonlocal done
         async with turns:
-            fork = await make(host, source, name, undo, warm=warm)
-            observed = await start(
-                host, source, fork, kernel, together=len(names), go=go and len(names) == 1, warm=warm
-            )
+            fork = await make(host, source, name, undo, shared=shared, warm=warm)
+            alone = go and len(names) == 1
+            observed = await start(host, source, fork, kernel, shared=shared, together=len(names), go=alone, warm=warm)
         done += 1
         progress(Step("forking", done, len(names), ""))
         return fork, observed
 
-    kernel = await asyncio.to_thread(_kernel, host, source)
+    # One whose firmware is at work may be handed its kernel and initrd at this moment: then they stay those.
+    shared = in_long_mode(source.template.state)
+    kernel = await asyncio.to_thread(_kernel, host, source) if shared else None
     turns = asyncio.Semaphore((os.cpu_count() or 1) + 1)
     async with AsyncExitStack() as undo:
         made = await _together([one(name) for name in names])
@@ -217,8 +219,13 @@ async def begin(
     return tuple(status_of(fork, observed) for fork, observed in made), begun_at
 
 
-async def make(host: Host, source: Source, name: str, undo: AsyncExitStack, *, warm: bool = False) -> VMDirectory:
-    """Make the directory of the fork `name`, whose lock is held, with disks above those of the source."""
+async def make(
+    host: Host, source: Source, name: str, undo: AsyncExitStack, *, shared: bool, warm: bool = False
+) -> VMDirectory:
+    """Make the directory of the fork `name`, whose lock is held, with disks above those of the source.
+
+    Where initrds are `shared`, it gets none of its own.
+    """
     record = Record(
         id=new_id(),
         created_at=time.time(),
@@ -239,7 +246,7 @@ async def make(host: Host, source: Source, name: str, undo: AsyncExitStack, *, w
         prepare.finish(staging, record)
     undo.push_async_callback(discard, host, fork)
     mode = Mode(source.launch.mode)
-    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode, fork=True)
+    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode, fork=shared)
     return fork
 
 
@@ -295,16 +302,17 @@ async def start(
     fork: VMDirectory,
     kernel: Path | None,
     *,
+    shared: bool,
     together: int = 1,
     go: bool,
     warm: bool = False,
 ) -> Observed:
     """Start the process of a fork, and let it have the memory; with `go` it runs. A `warm` one is not a VM so far.
 
-    `kernel` is what the guest boots by from then on, None the source's.
+    `kernel` is what the guest boots by from then on, None the source's; so is the image's initrd, where that is `shared`.
     """
     driver, record, image = host.drivers.qemu, fork.record, source.image
-    shared = image.initrd if shares_initrd(image, Mode(source.launch.mode)) else None
+    initrd = image.initrd if shared and shares_initrd(image, Mode(source.launch.mode)) else None
     told, born = (b"", _nothing) if warm else (_told(source, fork), _born(fork))
 
     async def launch() -> Observed:
@@ -316,8 +324,8 @@ async def start(
             nics=nics,
             disks=disks.disks_of(host, record),
             kernel=kernel,
-            initrd=host.images.store.file(image, shared) if shared else None,
-            seed=FORK_SEED if shared else None,
+            initrd=host.images.store.file(image, initrd) if initrd else None,
+            seed=FORK_SEED if initrd else None,
         )
         command = await driver.fork_command(source.launch, source.template, wanted)
         fork.write_launch(

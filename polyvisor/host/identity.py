@@ -12,13 +12,14 @@ answers when it is done. Until then the file `renewing` in the VM's directory sa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyvisor.drivers.qemu.agent import heard
-from polyvisor.errors import TimedOut, WrongState
+from polyvisor.drivers.qemu.agent import heard, tell
+from polyvisor.errors import PolyvisorError, TimedOut, WrongState
 from polyvisor.files import storage_errors
 from polyvisor.host.keys import read_host_key
 from polyvisor.host.plan import derived_mac
@@ -30,8 +31,11 @@ from polyvisor.operation import Progress, Step
 from polyvisor.waiting import pause
 
 _POLL_S = 0.05
-# What the serial port took in before it got the source's state is lost: at most as much as its FIFO holds.
-_PADDING = b"\n" * 64
+# What the serial port took in before it got the source's state is lost, and each time that the guest's driver resets it: as
+# much as its FIFO holds.
+_PADDING = b"\n" * 256
+# A guest that was copied while it booted may have lost what it was told even so.
+_AGAIN_S = 10.0
 _SEED_BYTES = 32
 _KEPT_BYTES = 256  # of what a guest has said; an answer is shorter
 
@@ -118,7 +122,7 @@ def look(vm: VMDirectory) -> bool:
 
 async def until_renewed(vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
     """Wait until a fork's guest has taken on its own identity; raises TimedOut, WrongState where the VM ends."""
-    began = time.monotonic()
+    began = told = time.monotonic()
     while not look(vm):
         waited = time.monotonic() - began
         if not vm.alive():
@@ -127,4 +131,8 @@ async def until_renewed(vm: VMDirectory, timeout_s: float, progress: Progress) -
             problem = f"the guest of VM '{vm.name}' has not taken on its own name and keys after {timeout_s:.0f} s"
             raise TimedOut(problem, hint=f"polyvisor resume {vm.name}, if it is paused; polyvisor console {vm.name}")
         progress(Step("waiting for the fork's own identity", int(waited), int(timeout_s), "s"))
+        if time.monotonic() - told > _AGAIN_S:
+            told = time.monotonic()
+            with contextlib.suppress(PolyvisorError):  # it has been told often enough, and does not listen
+                tell(vm, told_again(vm))
         await pause(_POLL_S)

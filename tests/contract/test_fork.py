@@ -165,6 +165,16 @@ async def test_a_paused_fork_that_is_saved_knows_who_it_is_when_it_goes_on(api: 
 
 
 @forks
+async def test_a_fork_of_a_guest_that_boots_knows_who_it_is(api: HostApi, running: str) -> None:
+    """It is told before its kernel has a driver for the port, and may be reading that kernel."""
+    await api.fork(running, ["a"])
+    await answering(api, running, "a")
+    assert [await guest(api, name, "hostname") for name in (running, "a")] == [running, "a"]
+    await check_identities(api, [running, "a"])
+    await api.remove("a", force=True)
+
+
+@forks
 async def test_a_fork_is_a_vm_like_any_other(api: HostApi, spec: VMSpec) -> None:
     """It is forked, saved, started and rebooted, and lives on when what it came from is gone."""
     booted = spec.name

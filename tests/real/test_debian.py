@@ -55,7 +55,7 @@ FACTS = {
     "size": "df --output=size -B1 / | tail -n 1",
     "root": "sudo passwd -S root",
     "failed": "systemctl --failed --no-legend",
-    "logins": "systemctl list-units --no-legend 'serial-getty@*'",
+    "logins": "systemctl is-system-running --wait >/dev/null; systemctl list-units --no-legend 'serial-getty@*'",
     "owners": "stat -c %U:%a /usr/bin/sudo /etc/shadow",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import subprocess
 from dataclasses import replace
@@ -233,6 +235,34 @@ class TestAnswer:
         assert sum(path.stat().st_size for path in vm.path.glob("renewing*")) < 16384
         os.write(guest.says, RENEWED)
         assert identity.look(vm)
+        guest.close()
+
+    async def test_who_does_not_answer_is_told_again(
+        self, vm: VMDirectory, guest: Guest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may have been copied before it listened."""
+        identity.expect(vm.path, ID, TOLD)
+        monkeypatch.setattr(VMDirectory, "alive", lambda _: True)
+        monkeypatch.setattr(identity, "_AGAIN_S", 0.05)
+        waiting = asyncio.ensure_future(identity.until_renewed(vm, 10, silent))
+        told = b""
+        while told.count(TOLD) < 2:
+            await asyncio.sleep(0.01)
+            with contextlib.suppress(BlockingIOError):
+                told += os.read(guest.told, 1000)
+        os.write(guest.says, RENEWED)
+        await waiting
+        assert not vm.is_renewing()
+        guest.close()
+
+    async def test_whoever_never_listens_is_not_told_without_end(
+        self, vm: VMDirectory, guest: Guest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        identity.expect(vm.path, ID, TOLD + bytes(4000))
+        monkeypatch.setattr(VMDirectory, "alive", lambda _: True)
+        monkeypatch.setattr(identity, "_AGAIN_S", 0.0)
+        with pytest.raises(TimedOut):
+            await identity.until_renewed(vm, 2, silent)
         guest.close()
 
     async def test_one_that_never_comes(self, vm: VMDirectory, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from polyvisor.drivers.base import BootNic
 from polyvisor.drivers.qemu.incoming import restoring_argv
-from polyvisor.drivers.qemu.migration import read_memory, runs_guest, write_memory
+from polyvisor.drivers.qemu.migration import in_long_mode, read_memory, runs_guest, write_memory
 from polyvisor.drivers.qemu.programs import Qemu
 from polyvisor.drivers.qemu.qmp import QMPRefused, connected
 from polyvisor.errors import PolyvisorError, StorageFull, Unsupported, WrongState
@@ -165,18 +165,20 @@ def section(name: bytes, hflags: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("sections", "runs"),
+    ("sections", "runs", "long"),
     [
-        ([section(b"cpu", 0x1050C2B3)], False),
-        ([section(b"cpu", 0x0070C2B0)], True),
-        ([section(b"cpu", 0x1050C2B3), section(b"cpu", 0x0070C2B0)], True),
-        ([section(b"apic", 0x0070C2B0), section(b"cpu", 0)], False),
-        ([], False),
+        ([section(b"cpu", 0x1050C2B3)], False, True),
+        ([section(b"cpu", 0x0070C2B0)], True, True),
+        ([section(b"cpu", 0x1050C2B3), section(b"cpu", 0x0070C2B0)], True, True),
+        ([section(b"cpu", 0), section(b"cpu", 0x1050C2B3)], False, True),
+        ([section(b"apic", 0x0070C2B0), section(b"cpu", 0)], False, False),
+        ([], False, False),
     ],
 )
-def test_a_vcpu_that_executed_a_guest_is_seen(tmp_path: Path, sections: list[bytes], runs: bool) -> None:
+def test_what_a_vcpu_was_executing_is_seen(tmp_path: Path, sections: list[bytes], runs: bool, long: bool) -> None:
     """The flags are those of real streams of an emulated KVM host."""
     path = tmp_path / "memory"
     path.write_bytes(bytes(9 << 20) + b"".join(sections) + b"{vmdesc}")
     with path.open("ab") as file:
         assert runs_guest(file.fileno()) is runs
+        assert in_long_mode(file.fileno()) is long

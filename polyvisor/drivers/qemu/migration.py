@@ -36,7 +36,7 @@ _SAVABLE = ("running", "paused", "io-error", "postmigrate")
 _DEVICES_BYTES = 4 << 20  # they come after the memory, and take a tenth of that
 _CPU_SECTION = re.compile(rb"\x04.{4}\x03cpu.{8}", re.DOTALL)
 _HFLAGS = 18 * 8
-_HF_GUEST = 1 << 21
+_HF_LONG_MODE, _HF_GUEST = 1 << 14, 1 << 21
 
 
 async def write_memory(monitor: Monitor, file: int, progress: Progress) -> str:
@@ -135,8 +135,21 @@ def runs_guest(file: int) -> bool:
     """Whether one of the vCPUs in the open file that `write_memory` wrote was executing a guest of its own.
 
     Emulation writes such a state (HF_GUEST_MASK in `hflags`) and refuses to read it: QEMU's target/i386/machine.c takes every
-    vCPU in guest mode for one of KVM's. A section is 4, its number, its name, instance and version; that of a CPU begins
-    with 16 registers, eip and eflags (`vmstate_x86_cpu`), all in network byte order.
+    vCPU in guest mode for one of KVM's.
+    """
+    return any(flags & _HF_GUEST for flags in _hidden_flags(file))
+
+
+def in_long_mode(file: int) -> bool:
+    """Whether one of the vCPUs in such a file is in 64-bit mode: then a guest that is handed its kernel is past firmware."""
+    return any(flags & _HF_LONG_MODE for flags in _hidden_flags(file))
+
+
+def _hidden_flags(file: int) -> list[int]:
+    """The `hflags` of the vCPUs (QEMU, target/i386/cpu.h).
+
+    A section is 4, its number, its name, instance and version; that of a CPU begins with 16 registers, eip and eflags
+    (`vmstate_x86_cpu`), all in network byte order.
     """
     copy = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)  # the caller's is for writing alone
     try:
@@ -145,7 +158,7 @@ def runs_guest(file: int) -> bool:
     finally:
         os.close(copy)
     places = (found.end() + _HFLAGS for found in _CPU_SECTION.finditer(tail))
-    return any(int.from_bytes(tail[place : place + 4], "big") & _HF_GUEST for place in places)
+    return [int.from_bytes(tail[place : place + 4], "big") for place in places]
 
 
 async def end_migration(monitor: Monitor) -> None:
