@@ -98,6 +98,27 @@ class Pending:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiskStatus:
+    """A disk of a VM: how large it is now. `pending` says what the next boot changes of it, `reason` why it is not done now."""
+
+    name: str
+    size_mib: int
+    pending: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NicStatus:
+    """A network card of a VM; `pending` and `reason` as of a disk."""
+
+    name: str
+    network: str
+    mac: str
+    pending: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resized:
     """What came of a `set`: names of the settings that are in force as asked for, and all that wait for the next boot.
 

@@ -50,6 +50,7 @@ async def begin(host: Host, name: str, move: Move) -> None:
         await _require_stopped(host, vm)
         if vm.record.id != move.vm_id or move.source_id != moves.host_id(host.home):
             raise NotFound(f"VM '{name}' is not the one that was to be moved", hint="try again")
+        await host._tidy_devices(vm)
         moves.write_note(vm, replace(move, phase=Phase.LEAVING))
 
 
@@ -119,8 +120,9 @@ async def loaded(host: Host, vm: VMDirectory, place: Path | None = None) -> tupl
     image = host.images.store.by_id(record.image_id)
     must, may = parcel.expected(record.spec, image)
     there = {
-        str(disk_path(i)): (place / disk_path(i)) if place else vm.path / disk_path(i, record.generation)
+        str(disk_path(i)): place / disk_path(number) if place else vm.path / disk_path(number, record.generation)
         for i in range(disk_count(record.spec, image))
+        for number in [record.disk_number(i)]
     }
     paths = [(name, there.get(name, vm.path / name)) for name in sorted(must)]
     paths += [(name, vm.path / name) for name in sorted(may - {str(LOGIN)}) if (vm.path / name).exists()]

@@ -23,8 +23,8 @@ def test_as_many_disks_as_are_allowed(tmp_path: Path, machine: str, firmware: Fi
     (tmp_path / "seed.iso").write_bytes(bytes(65536))
     argv = ["qemu-system-x86_64", "-machine", machine, "-accel", "tcg", "-nodefaults", "-S", "-monitor", "stdio"]
     argv += display_argv(devices)
-    for i, disk in enumerate(disks):
-        argv += disk_argv(i, disk, devices, firmware)
+    for disk in disks:
+        argv += disk_argv(disk, devices, firmware)
     argv += seed_argv(tmp_path / "seed.iso", len(disks), devices, firmware)
     done = subprocess.run(argv, input="info block\nquit\n", capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
