@@ -187,8 +187,8 @@ class Capabilities:
     """What a driver can do on this host.
 
     `missing` maps each verb or feature that it can't do to a reason that a user understands; a key that ends in the name of an
-    accelerator or a mode is about those alone. `cpus` are the host's, as 0-3, to which VMs can be pinned. `memory_mib` is the
-    machine's memory, where this system has but a part of it.
+    accelerator, a mode or a firmware is about those alone. `cpus` are the host's, as 0-3, to which VMs can be pinned.
+    `memory_mib` is the machine's memory, where this system has but a part of it.
     """
 
     driver: str

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 FEATURES = ("disk-add", "disk-remove", "disk-grow", "nic-add", "nic-remove")
 EMULATED = "emulated devices are what they were at the start"
-NO_PORTS = "the machine of guests with UEFI has no places where devices can come and go"
 OLDER = "an older Polyvisor has started it"
 _GIB = 1 << 30
 
@@ -97,12 +96,14 @@ async def _now(host: Host, vm: VMDirectory, state: VMState, launch: Launch | Non
     refusals: dict[str, str] = {}
     if launch is not None:
         capabilities = await host._capabilities_of(vm)
-        missing = {each: capabilities.refusal(each, launch.hypervisor, launch.mode) for each in FEATURES}
-        refusals = {each: reason for each, reason in missing.items() if reason}
+        for each in FEATURES:
+            reason = capabilities.refusal(each, launch.hypervisor, launch.mode)
+            if reason is None and is_uefi(record.spec, image):
+                reason = capabilities.refusal(each, "uefi")
+            if reason is not None:
+                refusals[each] = reason
         if record.spec.devices is DeviceModel.EMULATED:
             refusals |= dict.fromkeys(FEATURES, EMULATED)
-        elif is_uefi(record.spec, image):
-            refusals = {**dict.fromkeys((each for each in FEATURES if each != "disk-grow"), NO_PORTS), **refusals}
         if launch.devices is None:
             refusals |= dict.fromkeys(FEATURES, OLDER)
     return Now(record=whole, launch=launch, image=image, state=state, refusals=refusals)

@@ -12,6 +12,7 @@ import pytest
 from polyvisor.drivers.base import Boot, BootDisk, BootNic, Observed
 from polyvisor.drivers.qemu import hotplug
 from polyvisor.drivers.qemu.argv import build_argv
+from polyvisor.drivers.qemu.driver import MISSING
 from polyvisor.drivers.qemu.hotplug import (
     attach,
     attached,
@@ -42,7 +43,7 @@ from polyvisor.spec.vm import MAX_DISKS, DeviceModel, Disk, Firmware, Nic
 from polyvisor.status import Usage, VMState
 from polyvisor.storage.layers import virtual_size
 from tests.golden.boots import BOOTS, IMAGE, SSH
-from tests.unit.moved import SPEC, TCG, Machine, made
+from tests.unit.moved import SPEC, TCG, Machine, made, move
 from tests.unit.test_qmp import FakeQemu, listening
 
 GIB = 1 << 30
@@ -513,6 +514,7 @@ async def test_what_a_driver_can_not_do_waits(host: Machine, driver: Refusing) -
 
 async def test_uefi_and_emulated_devices_wait(host: Machine, driver: Refusing) -> None:
     vm = host.store.directory("web")
+    host.offered = (replace(TCG, missing=MISSING),)
     for spec, reason in (
         (replace(SPEC, firmware=Firmware.UEFI), "UEFI"),
         (replace(SPEC, devices=DeviceModel.EMULATED), "emulated"),
@@ -637,6 +639,19 @@ async def test_snapshots_keep_what_they_have(rest: Machine) -> None:
     await rest.snapshot_remove("web", "b")
     await rest.disk_remove("web", "disk1", force=True)
     assert len(rest.layers.ids()) == 1
+
+
+async def test_a_vm_that_is_moved_keeps_its_addresses_and_disks(rest: Machine, tmp_path: Path) -> None:
+    target = Machine(tmp_path / "b")
+    await rest.disk_remove("web", "disk1", force=True)
+    await rest.disk_add("web", 3, disk="disk5")
+    await rest.nic_remove("web", "nic0")
+    await rest.nic_add("web", "private:x")
+    before = (await rest.show("web")).mac_addresses
+    await move(rest, target)
+    details = await target.show("web")
+    assert (details.mac_addresses, details.disk_names) == (before, ("disk0", "disk1"))
+    assert [each.size_mib for each in await target.disk_list("web")] == [1024, 3072]
 
 
 async def test_a_saved_vm_keeps_its_devices(rest: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

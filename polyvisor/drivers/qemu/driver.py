@@ -67,7 +67,9 @@ _REASONS = {
     "internal-error": "QEMU met an internal error",
 }
 
+_NO_PORTS = "the machine of guests with UEFI (q35) has no places where devices come and go while it runs"
 MISSING = {
+    **dict.fromkeys(("disk-add-uefi", "disk-remove-uefi", "nic-add-uefi", "nic-remove-uefi"), _NO_PORTS),
     "cpu-weight": "QEMU's processes are not put into control groups so far: all have the same weight",
     "cpu-limit": "QEMU's processes are not put into control groups so far, and nothing else limits them",
     "vcpus-remove-tcg": "QEMU's emulation damages its own memory when a vCPU is pulled out, and crashes later",
