@@ -98,6 +98,27 @@ class Pending:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiskStatus:
+    """A disk of a VM: how large it is now. `pending` says what the next boot changes of it, `reason` why it is not done now."""
+
+    name: str
+    size_mib: int
+    pending: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NicStatus:
+    """A network card of a VM; `pending` and `reason` as of a disk."""
+
+    name: str
+    network: str
+    mac: str
+    pending: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resized:
     """What came of a `set`: names of the settings that are in force as asked for, and all that wait for the next boot.
 
@@ -166,8 +187,8 @@ class Capabilities:
     """What a driver can do on this host.
 
     `missing` maps each verb or feature that it can't do to a reason that a user understands; a key that ends in the name of an
-    accelerator or a mode is about those alone. `cpus` are the host's, as 0-3, to which VMs can be pinned. `memory_mib` is the
-    machine's memory, where this system has but a part of it.
+    accelerator, a mode or a firmware is about those alone. `cpus` are the host's, as 0-3, to which VMs can be pinned.
+    `memory_mib` is the machine's memory, where this system has but a part of it.
     """
 
     driver: str

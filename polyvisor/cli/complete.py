@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from polyvisor.cli.context import Context
+from polyvisor.errors import PolyvisorError
 from polyvisor.home import default_home
 
 SHELLS = ("bash", "zsh", "fish")
@@ -40,6 +41,8 @@ def complete() -> None:
             action.completer = _images  # type: ignore[attr-defined]
         elif action.metavar == "SNAPSHOT" and "--name" not in action.option_strings:
             action.completer = _snapshots  # type: ignore[attr-defined]
+        elif action.metavar in ("DISK", "NIC"):
+            action.completer = _disks if action.metavar == "DISK" else _nics  # type: ignore[attr-defined]
         elif action.metavar == "HOST":
             action.completer = _hosts  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
@@ -72,6 +75,28 @@ def _snapshots(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[
         return []
     snapshots = VMDirectory(default_home().vms / name).path / "snapshots"
     return sorted(path.name for path in snapshots.glob("[!.]*") if path.is_dir())
+
+
+def _disks(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
+    return [each for each in _devices(parsed_args) if each.startswith("disk")]
+
+
+def _nics(parsed_args: argparse.Namespace | None = None, **_: Any) -> list[str]:
+    return [each for each in _devices(parsed_args) if each.startswith("nic")]
+
+
+def _devices(parsed_args: argparse.Namespace | None) -> list[str]:
+    from polyvisor.host.record import devices_of
+    from polyvisor.host.store import VMDirectory
+
+    name = getattr(parsed_args, "name", None)
+    if _elsewhere(parsed_args) or name not in _vms(parsed_args):
+        return []
+    try:
+        found = devices_of(VMDirectory(default_home().vms / name).record)
+    except PolyvisorError:
+        return []
+    return [*found.disks, *found.nics]
 
 
 def _elsewhere(options: argparse.Namespace | None) -> bool:

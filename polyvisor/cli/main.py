@@ -45,6 +45,8 @@ VERBS = {
     "import": ("snapshot", "take in a VM that was exported"),
     "move": ("move", "carry a stopped VM, with its disks, to another host"),
     "set": ("set", "change vCPUs, memory and CPU shares of a VM, also while it runs"),
+    "disk": ("disk", "disks of a VM, also while it runs: ls, add, grow, rm"),
+    "nic": ("nic", "network cards of a VM, also while it runs: ls, add, rm"),
     "rm": ("lifecycle", "delete VMs and their disks"),
     "console": ("console", "attach to the serial console"),
     "logs": ("console", "print what the serial console has said"),

@@ -153,10 +153,10 @@ def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
         *(("pending", f"{p.setting}: {p.now} now, {p.then} at the next boot") for p in details.pending),
         ("devices", spec.devices.value),
         *(
-            (f"disk {i}", f"{disk.size_gib} GiB" if disk.size_gib else "as the image")
-            for i, disk in enumerate(spec.disks)
+            (name, f"{disk.size_gib} GiB" if disk.size_gib else "as the image")
+            for name, disk in zip(details.disk_names, spec.disks, strict=True)
         ),
-        *((f"nic {i}", f"{nic.network}, {mac}") for i, (nic, mac) in enumerate(_zip(details))),
+        *((name, f"{nic.network}, {mac}") for name, nic, mac in _cards(details)),
         (
             "forwards",
             "  ".join(map(str, status.forwards)) or ("  ".join(t for n in spec.nics for t in n.forwards) or "none"),
@@ -200,8 +200,8 @@ def _saved_lines(saved: Saved | None) -> list[tuple[str, str]]:
     return [("saved", f"{age(saved.at)} ago{paused}, {memory(max(1, saved.size_bytes >> 20))} on disk")]
 
 
-def _zip(details: Details) -> list[tuple[Nic, str]]:
-    return list(zip(details.spec.nics, details.mac_addresses, strict=True))
+def _cards(details: Details) -> list[tuple[str, Nic, str]]:
+    return list(zip(details.nic_names, details.spec.nics, details.mac_addresses, strict=True))
 
 
 def _events(context: Context, options: argparse.Namespace) -> int:

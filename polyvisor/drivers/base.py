@@ -6,7 +6,8 @@ says how that VM is. It neither stores nor locks: `Host` does, and calls it with
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +41,20 @@ class BootDisk:
         """What the driver calls it: another name with every new overlay."""
         return self.path.stem
 
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return self.node.partition("-")[0]
+
+    @property
+    def number(self) -> int:
+        return int(self.name.removeprefix("disk"))
+
+
+def seed_number(disks: Sequence[BootDisk]) -> int:
+    """Where a VM's seed stands among its disks: after all of them."""
+    return max((disk.number for disk in disks), default=-1) + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class BootNic:
@@ -52,6 +67,12 @@ class BootNic:
     network: str
     group: str | None = None
     forwards: tuple[Forward, ...] = ()
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return f"nic{self.number}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +80,7 @@ class Boot:
     """A VM ready to be started: the spec with every choice made.
 
     Paths are absolute, or relative to the VM's directory. `seed` is a NoCloud disk. `uefi_vars` is the VM's own
-    copy of the firmware's variables.
+    copy of the firmware's variables. `slots` says where devices are on the PCI bus, by their names: all of them, or none.
     """
 
     name: str
@@ -84,6 +105,7 @@ class Boot:
     cpu_weight: int = NORMAL_WEIGHT
     cpu_limit: int | None = None
     cpu_affinity: str = ALL_CPUS
+    slots: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def resources(self) -> Resources:
@@ -280,6 +302,27 @@ class Driver(Protocol):
 
         Its guest finds what it is `told` as soon as it goes on. Raises CannotStart.
         """
+
+    async def attached(self, vm: VMDirectory) -> frozenset[str]:
+        """The names of the disks and network cards that a VM that is alive has, but for what no command can have changed."""
+
+    async def attach(self, vm: VMDirectory, device: BootDisk | BootNic, slots: Mapping[str, int]) -> None:
+        """Plug a disk or a card into a VM that is alive, where `slots` says; one that is there stays. Raises Unsupported.
+
+        Where it fails the VM is as before. This and the next two may be repeated.
+        """
+
+    async def detach(self, vm: VMDirectory, name: str) -> None:
+        """Pull a disk or a card out of a VM that runs; raises TimedOut where its guest does not let go of it, Unsupported."""
+
+    async def grow_disk(self, vm: VMDirectory, disk: BootDisk, size: int) -> None:
+        """Make a disk of a VM that is alive `size` bytes large, and tell its guest; raises Unsupported."""
+
+    def with_device(self, launch: Launch, device: BootDisk | BootNic, slots: Mapping[str, int]) -> Launch:
+        """How a VM runs that was started as in `launch`, once it has a device more, and all of them are where `slots` says."""
+
+    def without_device(self, launch: Launch, name: str, slots: Mapping[str, int]) -> Launch:
+        """The same with a device less."""
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         """Open a port of the host to the guest while the VM runs; raises InvalidInput where it is taken."""

@@ -25,10 +25,12 @@ from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
 from polyvisor.status import (
     Check,
+    DiskStatus,
     Event,
     Forked,
     HostStatus,
     MemoryUse,
+    NicStatus,
     Pending,
     Resized,
     Saved,
@@ -65,7 +67,8 @@ class SSHTarget:
 class Details:
     """One VM in full: its status, its spec, the command that runs it (None before the first start), what is saved of it.
 
-    `usage` is what it really has while it is alive; `pending` what its next boot changes.
+    `usage` is what it really has while it is alive; `pending` what its next boot changes. `disk_names` and `nic_names` are
+    those of the disks and cards in the spec, in its order.
     """
 
     status: VMStatus
@@ -77,6 +80,8 @@ class Details:
     saved: Saved | None = None
     usage: Usage | None = None
     pending: tuple[Pending, ...] = ()
+    disk_names: tuple[str, ...] = ()
+    nic_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +264,39 @@ class HostApi(Protocol):
 
         Raises WrongState, TimedOut where the guest does not take part, Unsupported, InvalidInput; then nothing has changed.
         """
+
+    # Disks and network cards, by their names: disk0, nic0 and so on
+
+    async def disk_list(self, name: str) -> list[DiskStatus]:
+        """The disks of a VM, and those that leave it at its next boot."""
+
+    async def disk_add(self, name: str, size_gib: int = 1, *, disk: str | None = None) -> list[DiskStatus]:
+        """Give a VM an empty disk, at once where that is possible while it is alive, otherwise at its next boot.
+
+        Under the name `disk`, as disk2, or the first that is free; with a name it may be repeated. Raises AlreadyExists,
+        InvalidInput, StorageFull, WrongState for a VM that is saved; then nothing has changed, as with all of these verbs.
+        """
+
+    async def disk_grow(self, name: str, disk: str, size_gib: int) -> list[DiskStatus]:
+        """Make a disk larger; raises InvalidInput where it has more, NotFound."""
+
+    async def disk_remove(self, name: str, disk: str, *, force: bool = False) -> list[DiskStatus]:
+        """Remove a disk with all that is on it, which wants `force`; snapshots keep what they have of it.
+
+        Raises NotFound, TimedOut where the guest of a running VM does not let go of it, WrongState, and InvalidInput for the
+        disk that the VM's image is on.
+        """
+
+    async def nic_list(self, name: str) -> list[NicStatus]:
+        """The network cards of a VM, and those that leave it at its next boot."""
+
+    async def nic_add(
+        self, name: str, network: str = "user", *, mac: str | None = None, nic: str | None = None
+    ) -> list[NicStatus]:
+        """Give a VM a network card; as `disk_add`."""
+
+    async def nic_remove(self, name: str, nic: str) -> list[NicStatus]:
+        """Remove a network card, with the port forwards through it; as `disk_remove`."""
 
     # Snapshots, clones, and VMs in files
 

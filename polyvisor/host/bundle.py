@@ -77,6 +77,7 @@ async def _require_stopped(host: Host, vm: VMDirectory) -> None:
 async def _whole(host: Host, vm: VMDirectory, stack: AsyncExitStack) -> Path | None:
     """Where the VM's disks are as one file each, made until the end of `stack`; None where they are so already."""
     record = disks.vm_record(vm)
+    await host._tidy_devices(vm)
     if not record.layers:
         return None
     host.home.prepare()

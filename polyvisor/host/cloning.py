@@ -34,7 +34,7 @@ from polyvisor.storage.layers import virtual_size
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
-_MIB = 1 << 20
+_MIB, _GIB = 1 << 20, 1 << 30
 
 
 async def clone(host: Host, name: str, new_name: str, snapshot: str | None, full: bool, progress: Progress) -> None:
@@ -89,12 +89,14 @@ async def _source(host: Host, vm: VMDirectory, snapshot: str | None, full: bool)
     """
     if snapshot is not None:
         kept = snapshots.read(vm, snapshot)
+        snapshotting.require_same_disks(host, vm, kept)
         return snapshots.directory(vm, snapshot), replace(disks.vm_record(vm), layers=kept.layers), []
     require_settled(vm, "be cloned")
     if await host.drivers.lives(vm) or vm.is_saved():
         state = "saved" if vm.is_saved() else (await host.drivers.of(vm).inspect(vm)).state
         hint = f"stop it, or clone a snapshot of it: polyvisor snapshot create {vm.name}"
         raise WrongState(f"VM '{vm.name}' is {state}: only a stopped VM can be cloned", hint=hint)
+    await host._tidy_devices(vm)
     record = disks.vm_record(vm) if full else await disks.freeze(host, vm)
     return vm.path, record, [vm.path / disk.path for disk in disks.disks_of(host, record)]
 
@@ -146,7 +148,10 @@ async def copy_disks(host: Host, record: Record, tops: list[Path], directory: Pa
         chain = [*tops[i : i + 1], *disk.layers]
         check_room(directory, chain, record.spec.name)
         size = virtual_size(chain[0])
-        await qemu_img.flatten(chain, disk.backing, directory / disk_path(i), size, progress)
+        await qemu_img.flatten(chain, disk.backing, target := directory / disk_path(disk.number), size, progress)
+        wanted = record.spec.disks[i].size_gib if i < len(record.spec.disks) else None
+        if wanted and wanted * _GIB > size:  # it has grown since what is copied was frozen
+            await qemu_img.grow(target, wanted * _GIB)
 
 
 def check_room(directory: Path, chain: Sequence[Path], name: str) -> None:

@@ -105,7 +105,7 @@ async def make_overlays(host: Host, directory: Path, record: Record, layers: Seq
     made = []
     for i, layer in enumerate(layers):
         if layer is not None:
-            made.append(path := directory / disk_path(i, record.generation))
+            made.append(path := directory / disk_path(record.disk_number(i), record.generation))
             await qemu_img.create_on_layer(path, host.layers.file(layer.id), layer.size)
     give_to_user(made, record.user)
     with storage_errors("making overlays"):

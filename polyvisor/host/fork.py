@@ -130,6 +130,7 @@ async def require_forkable(host: Host, vm: VMDirectory) -> bool:
     if reason := (await host._capabilities_of(vm)).missing.get("fork"):
         raise Unsupported(f"VM '{vm.name}' can't be forked: {reason}")
     await host._require_whole(vm, "be forked")
+    await host._require_devices_in_force(vm, "be forked")
     state = (await host.drivers.of(vm).inspect(vm)).state
     if state not in (VMState.RUNNING, VMState.PAUSED):
         raise WrongState(f"VM '{vm.name}' is {state}: it can't be forked", hint=f"polyvisor kill {vm.name}")
@@ -234,6 +235,9 @@ async def make(
         memory_mib=source.record.memory_mib,
         user=prepare.new_user(host.home),
         layers=source.record.layers,
+        disk_numbers=source.record.disk_numbers,
+        nic_numbers=source.record.nic_numbers,
+        slots=source.record.slots,
     )
     fork = host.store.warm(name) if warm else host.store.directory(name)
     await discard(host, fork)  # what is left of one that was cut off

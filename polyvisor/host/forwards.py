@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 from polyvisor.drivers.base import Driver
 from polyvisor.errors import NotFound, Unsupported
 from polyvisor.host.moves import require_settled
+from polyvisor.host.record import Launch, nic_name
 from polyvisor.host.store import VMDirectory
 from polyvisor.network.ports import chosen_forwards
 from polyvisor.spec.forward import Forward, parse_forward
@@ -18,10 +20,11 @@ async def add(vm: VMDirectory, driver: Driver, forward: Forward) -> None:
     """Open a port of the host to the guest of `vm`, whose lock is held; raises Unsupported, InvalidInput."""
     require_settled(vm, "change its forwards")
     index = _user_nic(vm.record.spec)
+    number = vm.record.nic_number(index)
     launch = vm.launch()
-    if vm.alive() and launch is not None and not any(_leads(forward, live) for live in launch.forwards):
+    if vm.alive() and _has(launch, number) and not any(_leads(forward, live) for live in launch.forwards):
         [chosen] = chosen_forwards([forward])
-        await driver.add_forward(vm, index, chosen)
+        await driver.add_forward(vm, number, chosen)
         vm.write_launch(replace(launch, forwards=(*launch.forwards, chosen)))
     if _matching(forward, vm.record.spec.nics[index].forwards) is None:
         _write(vm, index, (*vm.record.spec.nics[index].forwards, str(forward)))
@@ -31,14 +34,17 @@ async def remove(vm: VMDirectory, driver: Driver, forward: Forward) -> None:
     """Close it again; raises NotFound where there is none."""
     require_settled(vm, "change its forwards")
     index = _user_nic(vm.record.spec)
+    number = vm.record.nic_number(index)
     kept = vm.record.spec.nics[index].forwards
     launch = vm.launch()
-    live = next((f for f in launch.forwards if _leads(forward, f)), None) if launch and vm.alive() else None
+    live = (
+        next((f for f in launch.forwards if _leads(forward, f)), None) if _has(launch, number) and vm.alive() else None
+    )
     text = _matching(forward, kept) or (_of_any_port(forward, kept) if live else None)
     if text is None and live is None:
         raise NotFound(f"VM '{vm.name}' has no forward {forward}", hint=f"polyvisor show {vm.name} lists them")
     if launch is not None and live is not None:
-        await driver.remove_forward(vm, index, live)
+        await driver.remove_forward(vm, number, live)
         vm.write_launch(replace(launch, forwards=tuple(f for f in launch.forwards if f != live)))
     _write(vm, index, tuple(t for t in kept if t != text))
 
@@ -55,6 +61,11 @@ def _user_nic(spec: VMSpec) -> int:
         if nic.network == "user":
             return i
     raise Unsupported(f"VM '{spec.name}' has no card on a user network", hint="port forwards need one")
+
+
+def _has(launch: Launch | None, number: int) -> TypeGuard[Launch]:
+    """Whether the VM that was started so has the card `number` already: one that was added since may wait for a start."""
+    return launch is not None and (launch.devices is None or nic_name(number) in launch.devices.nics)
 
 
 def _leads(asked: Forward, there: Forward) -> bool:

@@ -20,6 +20,7 @@ from polyvisor.drivers.registry import Drivers
 from polyvisor.errors import AlreadyExists, NotFound, PolyvisorError, TimedOut, Unsupported, WrongState
 from polyvisor.home import Home, default_home
 from polyvisor.host.api import STOP_TIMEOUT_S, Details
+from polyvisor.host.device_keeper import DeviceKeeper
 from polyvisor.host.forker import Forker
 from polyvisor.host.image_keeper import ImageKeeper
 from polyvisor.host.images import Images
@@ -27,7 +28,7 @@ from polyvisor.host.insider import Insider
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
-from polyvisor.host.record import Launch, Record, boot_id, new_id
+from polyvisor.host.record import Launch, Record, boot_id, devices_of, disk_name, new_id, nic_name
 from polyvisor.host.setup.wish import Wish
 from polyvisor.host.snapshotter import Snapshotter
 from polyvisor.host.store import FORKING, RENEWING, VMDirectory, VMStore, no_such_vm
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 
 
-class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
+class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
     """This machine; implements `HostApi`. VMs and images are kept in `home` (see `default_home`)."""
 
     def __init__(self, home: Home | Path | str | None = None) -> None:
@@ -203,6 +204,7 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
             await saved.restore(vm, self.drivers.of(vm), str(self.home.path), progress)
             return await self._status(vm)
         self._let_run(vm)
+        await self._tidy_devices(vm)
         (vm.path / RENEWING).unlink(missing_ok=True)  # it boots, and its seed says who it is
         record = vm.record
         image = self.images.store.by_id(record.image_id)
@@ -233,6 +235,7 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
             from polyvisor.host.resize import settle
 
             await settle(vm, self.drivers.of(vm))
+        await self._settle_devices(vm)
         return True
 
     async def save(self, name: str, progress: Progress = silent) -> VMStatus:
@@ -241,6 +244,7 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
         async with self._locked(name, "save") as vm:
             if reason := (await self._capabilities_of(vm)).missing.get("save"):
                 raise Unsupported(f"VM '{name}' can't be saved: {reason}")
+            await self._require_devices_in_force(vm, "be saved")
             await saved.save(vm, self.drivers.of(vm), progress)
             return await self._status(vm)
 
@@ -269,7 +273,7 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
         self, vm: VMDirectory, record: Record, image: Image, packing: str | None, chosen: Accelerator, reason: str
     ) -> Observed:
         from polyvisor.host.keys import Reserve
-        from polyvisor.host.plan import build_boot
+        from polyvisor.host.plan import build_boot, numbered
 
         boot = build_boot(
             *(record, image, self.images.store.directory(image), chosen.name, vm.launch(), str(self.home.path)),
@@ -290,6 +294,7 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
                 argv=command.argv,
                 forwards=tuple(forward for nic in boot.nics for forward in nic.forwards),
                 resources=boot.resources,
+                devices=devices_of(numbered(record, image)),
             )
         )
         async with Reserve(self.home.keys) as reserve:
@@ -383,7 +388,7 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
 
     async def show(self, name: str) -> Details:
         from polyvisor.host import resize
-        from polyvisor.host.plan import derived_mac
+        from polyvisor.host.plan import mac_of
         from polyvisor.host.saved import describe
 
         vm = self.store.get(name)
@@ -391,13 +396,15 @@ class Host(Mover, Forker, Snapshotter, Insider, ImageKeeper):
         return Details(
             status=status,
             spec=record.spec,
-            mac_addresses=tuple(nic.mac or derived_mac(record.id, i) for i, nic in enumerate(record.spec.nics)),
+            mac_addresses=tuple(mac_of(record, i) for i in range(len(record.spec.nics))),
             hypervisor_reason=launch.reason if launch else None,
             argv=launch.argv if launch else None,
             directory=str(vm.path),
             saved=describe(vm) if status.state is VMState.SAVED else None,
             usage=await resize.observed_usage(vm, self.drivers.of(vm), status),
             pending=waiting(record, launch, status.state),
+            disk_names=tuple(disk_name(record.disk_number(i)) for i in range(len(record.spec.disks))),
+            nic_names=tuple(nic_name(record.nic_number(i)) for i in range(len(record.spec.nics))),
         )
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:

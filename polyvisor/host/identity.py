@@ -22,7 +22,7 @@ from polyvisor.drivers.qemu.agent import heard, tell
 from polyvisor.errors import PolyvisorError, TimedOut, WrongState
 from polyvisor.files import storage_errors
 from polyvisor.host.keys import read_host_key
-from polyvisor.host.plan import derived_mac
+from polyvisor.host.plan import mac_of
 from polyvisor.host.record import Record
 from polyvisor.host.store import RENEWING, VMDirectory
 from polyvisor.images.hostkey import HostKey
@@ -83,7 +83,7 @@ def told_again(vm: VMDirectory) -> bytes:
 
 
 def mac_addresses(record: Record) -> tuple[str, ...]:
-    return tuple(nic.mac or derived_mac(record.id, i) for i, nic in enumerate(record.spec.nics))
+    return tuple(mac_of(record, i) for i in range(len(record.spec.nics)))
 
 
 def changed_macs(record: Record, source: Record) -> Sequence[tuple[str, str]]:

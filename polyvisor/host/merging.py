@@ -100,6 +100,6 @@ def _others_stand(host: Host, layer_id: str) -> bool:
 
 
 def _image_below(host: Host, name: str, index: int) -> list[Path]:
-    """The image's disk, where that is at the bottom of disk `index` of a VM."""
-    backing = disks.disks_of(host, host.store.directory(name).record)[index].backing
-    return [backing] if backing is not None else []
+    """The image's disk, where that is at the bottom of disk `index` of a VM: it is the first one, which is never removed."""
+    image = host.images.store.by_id(host.store.directory(name).record.image_id)
+    return [host.images.store.file(image, image.disk)] if index == 0 and image.disk else []

@@ -16,8 +16,10 @@ from polyvisor.errors import NotFound, WrongState
 from polyvisor.host import moves, parcel
 from polyvisor.host.keys import LOGIN, login_key_of
 from polyvisor.host.moves import Cargo, Move, Parting, Phase
-from polyvisor.host.plan import disk_count, disk_path
+from polyvisor.host.plan import disk_count, disk_path, mac_of
+from polyvisor.host.record import Record
 from polyvisor.host.store import VMDirectory, no_such_vm
+from polyvisor.spec.vm import VMSpec
 
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
@@ -50,6 +52,7 @@ async def begin(host: Host, name: str, move: Move) -> None:
         await _require_stopped(host, vm)
         if vm.record.id != move.vm_id or move.source_id != moves.host_id(host.home):
             raise NotFound(f"VM '{name}' is not the one that was to be moved", hint="try again")
+        await host._tidy_devices(vm)
         moves.write_note(vm, replace(move, phase=Phase.LEAVING))
 
 
@@ -110,6 +113,15 @@ async def _require_stopped(host: Host, vm: VMDirectory) -> None:
         raise WrongState(f"VM '{vm.name}' is saved: only a stopped VM can be moved", hint=hint)
 
 
+def _with_addresses(record: Record) -> VMSpec:
+    """The spec as it travels: cards are numbered from 0 there, and keep the addresses that follow from their numbers here."""
+    nics = tuple(
+        nic if record.nic_number(i) == i else replace(nic, mac=mac_of(record, i))
+        for i, nic in enumerate(record.spec.nics)
+    )
+    return replace(record.spec, nics=nics)
+
+
 async def loaded(host: Host, vm: VMDirectory, place: Path | None = None) -> tuple[Cargo, list[tuple[str, Path]]]:
     """The cargo of a VM, and its files: what they are called in the parcel, and where they are.
 
@@ -119,8 +131,9 @@ async def loaded(host: Host, vm: VMDirectory, place: Path | None = None) -> tupl
     image = host.images.store.by_id(record.image_id)
     must, may = parcel.expected(record.spec, image)
     there = {
-        str(disk_path(i)): (place / disk_path(i)) if place else vm.path / disk_path(i, record.generation)
+        str(disk_path(i)): place / disk_path(number) if place else vm.path / disk_path(number, record.generation)
         for i in range(disk_count(record.spec, image))
+        for number in [record.disk_number(i)]
     }
     paths = [(name, there.get(name, vm.path / name)) for name in sorted(must)]
     paths += [(name, vm.path / name) for name in sorted(may - {str(LOGIN)}) if (vm.path / name).exists()]
@@ -129,7 +142,7 @@ async def loaded(host: Host, vm: VMDirectory, place: Path | None = None) -> tupl
     cargo = Cargo(
         id=record.id,
         created_at=record.created_at,
-        spec=record.spec,
+        spec=_with_addresses(record),
         memory_mib=record.memory_mib,
         image=image,
         data_bytes=parcel.data_bytes([path for _, path in paths]),

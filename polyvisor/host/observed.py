@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from polyvisor.drivers.base import Observed
-from polyvisor.host.record import Launch, Record, resources_of
+from polyvisor.host.record import Devices, Launch, Record, devices_of, resources_of
 from polyvisor.host.store import VMDirectory
-from polyvisor.spec.resources import SETTINGS
+from polyvisor.spec.resources import SETTINGS, Resources
 from polyvisor.status import Pending, VMState, VMStatus
 
 
@@ -70,12 +70,38 @@ def waiting(record: Record, launch: Launch | None, state: VMState) -> tuple[Pend
     if not state.keeps_devices or launch is None or (given := launch.resources) is None:
         return ()
     wanted = resources_of(record.spec, record.memory_mib)
+    return (*_settings_waiting(record, given, wanted), *devices_waiting(record, launch))
+
+
+def _settings_waiting(record: Record, given: Resources, wanted: Resources) -> tuple[Pending, ...]:
     return tuple(
         Pending(setting=name, now=shown(name, now), then=shown(name, then))
         for name in SETTINGS
         if (now := getattr(given, name)) != (then := getattr(wanted, name))
         and (name not in ("vcpus_max", "memory_max_mib") or getattr(record.spec, name) is not None)
     )
+
+
+def devices_waiting(record: Record, launch: Launch) -> tuple[Pending, ...]:
+    """The disks and cards that come, go or grow at the next boot; none where they are as the VM was made."""
+    if record.slots is None or (has := launch.devices) is None:
+        return ()
+    wanted = devices_of(record)
+    return tuple(
+        Pending(setting=name, now=before, then=after)
+        for now, then in ((_disks_shown(has), _disks_shown(wanted)), (_nics_shown(has), _nics_shown(wanted)))
+        for name in {**now, **then}
+        if (before := now.get(name, "none")) != (after := then.get(name, "none"))
+    )
+
+
+def _disks_shown(devices: Devices) -> dict[str, str]:
+    return {name: f"{size_gib} GiB" if size_gib else "as the image" for name, size_gib in devices.disks.items()}
+
+
+def _nics_shown(devices: Devices) -> dict[str, str]:
+    """A card on network `none` is not none."""
+    return {name: f"on {network}" for name, network in devices.nics.items()}
 
 
 def shown(name: str, value: int | str | None) -> str:

@@ -14,14 +14,14 @@ from pathlib import Path
 from polyvisor.drivers.base import Boot, BootDisk, BootNic
 from polyvisor.drivers.qemu.devices import IDE_PLACES
 from polyvisor.errors import InvalidInput, Unsupported
-from polyvisor.host.record import Launch, Record, resources_of
+from polyvisor.host.record import Launch, Record, disk_name, nic_name, resources_of
 from polyvisor.images.image import Image, Seed
 from polyvisor.network.ports import chosen_forwards, wanted_forwards
 from polyvisor.network.private import multicast_group
 from polyvisor.spec.cpus import ALL_CPUS, parse_cpus, show_cpus
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import NORMAL_WEIGHT
-from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Hypervisor, Mode, VMSpec, check_most
+from polyvisor.spec.vm import NESTED, DeviceModel, Disk, Firmware, Hypervisor, Mode, VMSpec, check_most
 from polyvisor.status import Accelerator, Capabilities
 
 _NO_XEN = Accelerator(name="xen", available=False, reason="this is no Xen host: it has not been booted by Xen")
@@ -258,6 +258,7 @@ def build_boot(
         cpu_weight=spec.cpu_weight,
         cpu_limit=spec.cpu_limit,
         cpu_affinity=spec.cpu_affinity,
+        slots=record.slots or {},
     )
 
 
@@ -275,7 +276,7 @@ def boot_disks(
     """The disks of a VM; `layers` are the files that each stands on, the uppermost first, above the image's."""
     return tuple(
         BootDisk(
-            path=disk_path(i, record.generation),
+            path=disk_path(record.disk_number(i), record.generation),
             layers=tuple(layers[i]) if i < len(layers) else (),
             backing=image_directory / image.disk.name if i == 0 and image.disk else None,
         )
@@ -293,14 +294,63 @@ def boot_nics(record: Record, last: Launch | None, place: str) -> tuple[BootNic,
     # All cards share the host's ports, so these are chosen together.
     chosen = iter(chosen_forwards(chain.from_iterable(wanted), last.forwards if last else ()))
     return tuple(
-        BootNic(
-            mac=nic.mac or derived_mac(record.id, i),
-            network=nic.network,
-            group=multicast_group(place, nic.network) if nic.network.startswith("private:") else None,
-            forwards=tuple(islice(chosen, len(wanted[i]))),
-        )
-        for i, nic in enumerate(record.spec.nics)
+        replace(boot_nic(record, i, place), forwards=tuple(islice(chosen, len(wanted[i]))))
+        for i in range(len(record.spec.nics))
     )
+
+
+def boot_nic(record: Record, index: int, place: str) -> BootNic:
+    """The network card at `index` of the spec, without any ports."""
+    network = record.spec.nics[index].network
+    return BootNic(
+        mac=mac_of(record, index),
+        network=network,
+        group=multicast_group(place, network) if network.startswith("private:") else None,
+        number=record.nic_number(index),
+    )
+
+
+def numbered(record: Record, image: Image) -> Record:
+    """The record with every disk and card in its spec, each with a number, and every device with its place."""
+    if record.slots is not None:
+        return record
+    spec = replace(record.spec, disks=record.spec.disks or (Disk(),) * disk_count(record.spec, image))
+    disks, nics = tuple(range(len(spec.disks))), tuple(range(len(spec.nics)))
+    made = replace(record, spec=spec, disk_numbers=disks, nic_numbers=nics)
+    return replace(made, slots=first_slots(made, image))
+
+
+def first_slots(record: Record, image: Image) -> dict[str, int]:
+    """Where the devices of a VM are on the PCI bus whose disks and cards are as it was made: where QEMU puts them itself.
+
+    It takes the next free place each time, `pc` from the second on and `q35` from the first; what is emulated has IDE disks.
+    """
+    spec = record.spec
+    if spec.devices is DeviceModel.EMULATED:
+        names = ["vga"]
+    else:
+        names = [disk_name(record.disk_number(i)) for i in range(disk_count(spec, image))]
+        names += ["seed"] if image.seed is Seed.NOCLOUD else []
+    names += [nic_name(record.nic_number(i)) for i in range(len(spec.nics))]
+    names += ["rng", "balloon"] if spec.devices is DeviceModel.PARAVIRTUAL else []
+    return {name: i for i, name in enumerate(names, first_slot(spec, image))}
+
+
+def first_slot(spec: VMSpec, image: Image) -> int:
+    """The first place on the PCI bus that is free in the machine of a VM, were it to run on QEMU."""
+    return 1 if is_uefi(spec, image) else 2
+
+
+def is_uefi(spec: VMSpec, image: Image) -> bool:
+    """Whether a VM boots by UEFI, were it to run on QEMU: then its machine is another one."""
+    if image.disk is None or spec.mode not in (Mode.AUTO, Mode.HVM):
+        return False
+    return spec.firmware is Firmware.UEFI or (spec.firmware is Firmware.AUTO and image.firmware == ("uefi",))
+
+
+def mac_of(record: Record, index: int) -> str:
+    """The MAC address of the network card at `index` of the spec."""
+    return record.spec.nics[index].mac or derived_mac(record.id, record.nic_number(index))
 
 
 def derived_mac(vm_id: str, index: int) -> str:

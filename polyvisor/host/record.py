@@ -31,6 +31,10 @@ class Record:
     `layers` are the frozen layers that its disks stand on, in their order (None, or missing: the image, or nothing);
     `generation` is how often its disks have got new overlays, which have it in their names; `snapshot` is the one that these
     began with. `origin` is the id of the VM that it was cloned from: then its disks hold that one's identity.
+
+    Where disks or cards were added or removed after the VM was made, `disk_numbers` and `nic_numbers` are the numbers of those
+    in the spec, in its order, by which they keep their names, and `slots` says where each device is on the PCI bus, so
+    that none moves when another one comes or goes. Otherwise they are missing: disks and cards are numbered from 0.
     """
 
     id: str
@@ -43,6 +47,17 @@ class Record:
     generation: int = 0
     snapshot: str | None = None
     origin: str | None = None
+    disk_numbers: tuple[int, ...] = ()
+    nic_numbers: tuple[int, ...] = ()
+    slots: dict[str, int] | None = None
+
+    def disk_number(self, index: int) -> int:
+        """The number of the disk that is at `index` in the spec."""
+        return self.disk_numbers[index] if index < len(self.disk_numbers) else index
+
+    def nic_number(self, index: int) -> int:
+        """The number of the network card that is at `index` in the spec."""
+        return self.nic_numbers[index] if index < len(self.nic_numbers) else index
 
     def layer(self, index: int) -> str | None:
         """The frozen layer that disk `index` stands on."""
@@ -50,11 +65,19 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Disks and network cards, each by its name: what the spec says of its size in GiB, or which network it is on."""
+
+    disks: dict[str, int | None]
+    nics: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """How a VM was last started. `boot_id` is the host's boot; after another boot the VM can't be running.
 
-    `resources` are what its hypervisor was last told to give it (None where an older Polyvisor has started it); `template` is
-    the id of that whose memory it began with.
+    `resources` are what its hypervisor was last told to give it, `devices` its disks and cards (None where an older Polyvisor
+    has started it); `template` is the id of that whose memory it began with.
     """
 
     started_at: float
@@ -67,6 +90,33 @@ class Launch:
     forwards: tuple[Forward, ...] = ()
     resources: Resources | None = None
     template: str | None = None
+    devices: Devices | None = None
+
+
+def devices_of(record: Record) -> Devices:
+    """The disks and cards that the spec of a record names, with their numbers: an image's own disk may be missing in it."""
+    spec = record.spec
+    return Devices(
+        disks={disk_name(record.disk_number(i)): disk.size_gib for i, disk in enumerate(spec.disks)},
+        nics={nic_name(record.nic_number(i)): nic.network for i, nic in enumerate(spec.nics)},
+    )
+
+
+def disk_name(number: int) -> str:
+    return f"disk{number}"
+
+
+def nic_name(number: int) -> str:
+    return f"nic{number}"
+
+
+def kind_of(name: str) -> str:
+    """What kind of device has this name: disk, or nic."""
+    return name.rstrip("0123456789")
+
+
+def number_of(name: str) -> int:
+    return int(name.removeprefix(kind_of(name)))
 
 
 def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
@@ -84,7 +134,7 @@ def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
 
 def record_to_json(record: Record) -> str:
     plain = {**{key: getattr(record, key) for key in _RECORD_KEYS}, "spec": unstructure(record.spec)}
-    plain |= {key: value for key in _DISK_KEYS if (value := getattr(record, key))}
+    plain |= {key: value for key in _OPTIONAL_KEYS if (value := getattr(record, key))}
     return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
 
 
@@ -116,7 +166,7 @@ def boot_id() -> str:
 
 
 _RECORD_KEYS = ("id", "created_at", "image_id", "memory_mib", "user")
-_DISK_KEYS = ("layers", "generation", "snapshot", "origin")
+_OPTIONAL_KEYS = ("layers", "generation", "snapshot", "origin", "disk_numbers", "nic_numbers", "slots")
 
 
 def checked(text: str | bytes) -> dict[str, Any]:

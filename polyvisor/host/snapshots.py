@@ -34,6 +34,8 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}\Z")
 class Kept:
     """A snapshot, as it is kept: `layers` are its disks, in their order; `memory_bytes` is None for one without memory.
 
+    `disks` are the numbers of its disks, where they are not 0, 1, and so on.
+
     `running` says that the guest ran when it was made: without memory its disks are as after a power cut.
     """
 
@@ -44,6 +46,11 @@ class Kept:
     description: str = ""
     running: bool = False
     memory_bytes: int | None = None
+    disks: tuple[int, ...] = ()
+
+    @property
+    def disk_numbers(self) -> tuple[int, ...]:
+        return self.disks or tuple(range(len(self.layers)))
 
 
 @dataclass(frozen=True, kw_only=True)

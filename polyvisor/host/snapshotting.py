@@ -23,7 +23,7 @@ from polyvisor.host import disks, saved
 from polyvisor.host.merging import merge
 from polyvisor.host.moves import require_settled
 from polyvisor.host.plan import FORK_SEED, SEED_DISK, SEEDED_INITRD, UEFI_VARIABLES, disk_count
-from polyvisor.host.record import FORMAT, Record
+from polyvisor.host.record import FORMAT, Record, devices_of, disk_name
 from polyvisor.host.snapshots import (
     MAX_DESCRIPTION,
     NOTE,
@@ -97,11 +97,9 @@ async def revert(host: Host, name: str, snapshot: str, force: bool, progress: Pr
                 hint = f"stop it first, or: polyvisor snapshot revert --force {name} {snapshot}"
                 raise WrongState(f"VM '{name}' is {state}: what is in its memory would be lost", hint=hint)
             await host.drivers.end(vm)
-        count = len(disks.disks_of(host, vm.record))
-        if len(kept.layers) != count:
-            raise WrongState(f"VM '{name}' had {len(kept.layers)} disks at snapshot '{snapshot}', and has {count} now")
+        require_same_disks(host, vm, kept)
         if kept.memory_bytes is not None:
-            _state_of(vm, kept)
+            _require_same_cards(vm, kept)
         with storage_errors(f"reverting VM '{name}'"):
             write_atomic(_reverting(vm), kept.name)
         await _revert(host, vm, kept, progress)
@@ -162,6 +160,39 @@ def drop_interrupted(vm: VMDirectory) -> None:
         (vm.path / "snapshots/was-running").unlink(missing_ok=True)
 
 
+def require_same_disks(host: Host, vm: VMDirectory, kept: Kept) -> None:
+    """Raise WrongState where the disks that a VM had at a snapshot are not those, by their numbers, that it has now."""
+    record = disks.vm_record(vm)
+    now = {disk.number for disk in disks.disks_of(host, record)}
+    before = set(kept.disk_numbers)
+    if kept.layers and now != before:
+        hint = [f"disk add {vm.name} --name {disk_name(number)}" for number in sorted(before - now)]
+        hint += [f"disk rm --force {vm.name} {disk_name(number)}" for number in sorted(now - before)]
+        raise WrongState(
+            f"VM '{vm.name}' had {_list(before)} at snapshot '{kept.name}', and has {_list(now)} now",
+            hint=f"let it have them again, empty: {'; '.join(f'polyvisor {each}' for each in hint)}",
+        )
+
+
+def _list(numbers: set[int]) -> str:
+    return ", ".join(map(disk_name, sorted(numbers))) or "no disk"
+
+
+def _require_same_cards(vm: VMDirectory, kept: Kept) -> None:
+    """Raise WrongState where the guest that is in the memory of a snapshot has other network cards than the VM now."""
+    launch = _state_of(vm, kept).launch
+    now = devices_of(disks.vm_record(vm)).nics
+    if launch.devices is not None and launch.devices.nics != now:
+        had, has = (
+            ", ".join(f"{name} ({network})" for name, network in nics.items()) for nics in (launch.devices.nics, now)
+        )
+        hint = f"add and remove cards until they are the same: polyvisor nic ls {vm.name}"
+        raise WrongState(
+            f"VM '{vm.name}' had the cards {had or 'none'} at snapshot '{kept.name}', and has {has or 'none'}",
+            hint=hint,
+        )
+
+
 def require_none(vm: VMDirectory, verb: str) -> None:
     """Raise WrongState for a VM with snapshots, or whose disks stand on layers: only whole ones can be carried away."""
     if read_all(vm) or vm.record.layers:
@@ -198,6 +229,7 @@ async def _checked(host: Host, vm: VMDirectory) -> VMState:
         raise WrongState(f"VM '{vm.name}' is {state}: it can't get a snapshot", hint=f"polyvisor kill {vm.name}")
     if state.alive and (reason := await _missing(host, vm, "snapshot-live")):
         raise Unsupported(f"VM '{vm.name}' is {state}: {reason}", hint=f"polyvisor stop {vm.name}")
+    await host._require_devices_in_force(vm, "get a snapshot")
     return state
 
 
@@ -237,6 +269,7 @@ async def _take(
             description=description,
             running=state is VMState.RUNNING,
             memory_bytes=(staging / "memory").stat().st_size if memory else None,
+            disks=record.disk_numbers,
         )
         with storage_errors(f"keeping snapshot '{name}' of VM '{vm.name}'"):
             write_atomic(staging / NOTE, to_json(kept))

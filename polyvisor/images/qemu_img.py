@@ -173,6 +173,18 @@ async def resize(path: Path, size: int) -> None:
         raise _failure(error, f"resizing {path}") from error
 
 
+async def grow(path: Path, size: int) -> None:
+    """Make the qcow2 disk `path` of a VM `size` bytes large, which is more than it has; what is below it is not even opened.
+
+    Raises StorageFull, NotPermitted, ImageRefused, ProcessFailed.
+    """
+    _require_own(path)
+    try:
+        await run([program(), "resize", "-q", _chain([path], written=1), str(size)], timeout_s=60)
+    except ProcessFailed as error:
+        raise _failure(error, f"growing {path}") from error
+
+
 async def rebase(path: Path, backing: Path) -> None:
     """Write into the qcow2 disk `path` that `backing` is below it; neither is read for that.
 

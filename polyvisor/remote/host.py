@@ -48,7 +48,19 @@ from polyvisor.spec.forward import Forward
 from polyvisor.spec.parse import convert
 from polyvisor.spec.resources import Changes
 from polyvisor.spec.vm import VMSpec
-from polyvisor.status import Check, Event, Forked, HostStatus, MemoryUse, Resized, Setup, StoredTemplate, VMStatus
+from polyvisor.status import (
+    Check,
+    DiskStatus,
+    Event,
+    Forked,
+    HostStatus,
+    MemoryUse,
+    NicStatus,
+    Resized,
+    Setup,
+    StoredTemplate,
+    VMStatus,
+)
 
 T = TypeVar("T")
 
@@ -312,6 +324,31 @@ class RemoteHost(RemoteSnapshots):
 
     async def set(self, name: str, changes: Changes) -> Resized:
         return await self._call(Resized, "set", name=name, changes=changes)
+
+    # Disks and network cards
+
+    async def disk_list(self, name: str) -> list[DiskStatus]:
+        return await self._call(list[DiskStatus], "disk_list", name=name)
+
+    async def disk_add(self, name: str, size_gib: int = 1, *, disk: str | None = None) -> list[DiskStatus]:
+        return await self._call(list[DiskStatus], "disk_add", name=name, size_gib=size_gib, disk=disk)
+
+    async def disk_grow(self, name: str, disk: str, size_gib: int) -> list[DiskStatus]:
+        return await self._call(list[DiskStatus], "disk_grow", name=name, disk=disk, size_gib=size_gib)
+
+    async def disk_remove(self, name: str, disk: str, *, force: bool = False) -> list[DiskStatus]:
+        return await self._call(list[DiskStatus], "disk_remove", name=name, disk=disk, force=force)
+
+    async def nic_list(self, name: str) -> list[NicStatus]:
+        return await self._call(list[NicStatus], "nic_list", name=name)
+
+    async def nic_add(
+        self, name: str, network: str = "user", *, mac: str | None = None, nic: str | None = None
+    ) -> list[NicStatus]:
+        return await self._call(list[NicStatus], "nic_add", name=name, network=network, mac=mac, nic=nic)
+
+    async def nic_remove(self, name: str, nic: str) -> list[NicStatus]:
+        return await self._call(list[NicStatus], "nic_remove", name=name, nic=nic)
 
     # Inside the VM
 

@@ -43,6 +43,8 @@ LOOKS = (
     "move_show",
     "arrival_check",
     "snapshot_list",
+    "disk_list",
+    "nic_list",
     "snapshot_show",
     "image_list",
     "image_show",
@@ -72,6 +74,7 @@ REPEATABLE = (
     "arrival_cancel",
     "template_warm",
     "snapshot_revert",
+    "disk_grow",
 )
 
 # Types of answers that `HostApi` names without having them imported; whoever calls knows how to read an answer.

@@ -21,7 +21,9 @@ XL_BOOTS = {
     "hvm": replace(DEBIAN, accelerator="xen", firmware=Firmware.BIOS),
     "hvm-kernel": replace(_TINY, mode=Mode.HVM),
     "hvm-emulated": replace(DEBIAN, accelerator="xen", devices=DeviceModel.EMULATED),
-    "pv-disks": replace(_TINY, mode=Mode.PV, disks=(_DISK, _DISK), seed=Path("disks/seed.iso")),
+    "pv-disks": replace(
+        _TINY, mode=Mode.PV, disks=(_DISK, BootDisk(path=Path("disks/disk1.qcow2"))), seed=Path("disks/seed.iso")
+    ),
     "pv-loader": replace(_TINY, mode=Mode.PV, kernel=None, initrd=None, cmdline="", disks=(_DISK,)),
     "no-cable": replace(_TINY, nics=(BootNic(mac="52:54:00:aa:bb:01", network="none"),)),
     "no-card": replace(_TINY, nics=()),

@@ -43,12 +43,13 @@ def blockdevs(argv: list[str]) -> list[dict[str, object]]:
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).map(lambda text: f"/{text}"))
 def test_a_path_reaches_qemu_as_it_is_wherever_it_stands(text: str) -> None:
     path = Path(text)
-    boot = replace(TINY, kernel=path, initrd=path, disks=(BootDisk(path=path, backing=path),), seed=path)
+    top = path / "disk0.qcow2"
+    boot = replace(TINY, kernel=path, initrd=path, disks=(BootDisk(path=top, backing=path),), seed=path)
     argv = build_argv(QEMU, boot)
     # -kernel and -initrd are no option lists: QEMU takes the whole word. -blockdev is JSON.
     assert argv[argv.index("-kernel") + 1] == argv[argv.index("-initrd") + 1] == str(path)
     disk, seed = blockdevs(argv)
-    assert disk["file"] == {"driver": "file", "filename": str(path), "discard": "unmap"}
+    assert disk["file"] == {"driver": "file", "filename": str(top), "discard": "unmap"}
     assert disk["backing"]["file"] == {"driver": "file", "filename": str(path), "read-only": True}  # type: ignore[index]
     assert seed["file"]["filename"] == str(path)  # type: ignore[index]
     plain = build_argv(QEMU, replace(TINY, kernel=Path("/k"), initrd=Path("/k"), disks=boot.disks, seed=Path("/k")))

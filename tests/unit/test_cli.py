@@ -16,6 +16,8 @@ from polyvisor.cli import main as cli
 from polyvisor.cli.main import VERBS, build_parser, parse, run
 from polyvisor.cli.parser import UsageError
 from polyvisor.errors import InvalidInput, PolyvisorError
+from polyvisor.host.record import Record, record_to_json
+from polyvisor.spec.vm import Disk, VMSpec
 
 # A line of words that each verb accepts.
 EXAMPLES = {
@@ -47,6 +49,8 @@ EXAMPLES = {
     "exec": "exec a -- uname -a",
     "cp": "cp -r x y a:/tmp",
     "forward": "forward add a 8080:80",
+    "disk": "disk add a --size 2",
+    "nic": "nic add a --network private:x",
     "events": "events a",
     "image": "image import disk.vmdk --name x",
     "compare": "compare --quick --targets tcg,slow=tcg:cpu_limit=50 --runs 5",
@@ -379,6 +383,9 @@ class TestCompletion:
             ("polyvisor ls --state p", {"paused"}, {"running"}),
             ("polyvisor snapshot revert db ", {"ok"}, {".new-ok", "web-1"}),
             ("polyvisor clone db new --snapshot o", {"ok"}, {"db"}),
+            ("polyvisor disk grow db ", {"disk0"}, {"nic0", "db"}),
+            ("polyvisor nic rm db ", {"nic0"}, {"disk0", "db"}),
+            ("polyvisor nic rm web-1 ", set(), {"nic0"}),
         ],
     )
     def test_what_the_shell_is_told(
@@ -389,6 +396,9 @@ class TestCompletion:
             (home / "vms" / name).mkdir(parents=True)
         for name in ("ok", ".new-ok"):
             (home / "vms/db/snapshots" / name).mkdir(parents=True)
+        spec = VMSpec(name="db", image="tiny", disks=(Disk(),))
+        record = Record(id="i", created_at=0.0, spec=spec, image_id="x", memory_mib=128)
+        (home / "vms/db/vm.json").write_text(record_to_json(record))
         found = completions(line)
         assert holds <= found
         assert not lacks & found

@@ -32,7 +32,7 @@ FORK = Fork(
 )
 DISKS = (BootDisk(path=Path("disks/disk0-1.qcow2"), layers=(Path("/layers/a/disk.qcow2"),), backing=Path("/image")),)
 UEFI = BOOTS["debian-uefi-tcg-emulated"]
-PRIVATE = BootNic(mac="52:54:00:00:00:98", network="private:lab", group="239.192.1.2:20345")
+PRIVATE = BootNic(mac="52:54:00:00:00:98", network="private:lab", group="239.192.1.2:20345", number=1)
 
 
 def started(boot: Boot) -> list[str]:
@@ -217,7 +217,9 @@ class TestFork:
         ]
 
     def test_a_card_that_is_plugged_into_nothing(self) -> None:
-        none, first, second = (BootNic(mac="m", network=network) for network in ("none", "user", "user"))
+        none, first, second = (
+            BootNic(mac="m", network=network, number=i) for i, network in enumerate(("none", "user", "user"))
+        )
         argv = fork(started(BOOTS["several-cards"]), replace(FORK, nics=(none, first, second)))
         assert values(argv, "-netdev") == ["user,id=nic1,net=10.0.3.0/24", "user,id=nic2,net=10.0.4.0/24"]
 

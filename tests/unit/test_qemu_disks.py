@@ -107,7 +107,7 @@ async def test_disks_are_told_by_their_devices(tmp_path: Path) -> None:
 def argv(disks: tuple[BootDisk, ...]) -> list[str]:
     return [
         *("qemu", "-append", "-blockdev"),
-        *[word for i, d in enumerate(disks) for word in disk_argv(i, d, DeviceModel.PARAVIRTUAL, Firmware.BIOS)],
+        *[word for d in disks for word in disk_argv(d, DeviceModel.PARAVIRTUAL, Firmware.BIOS)],
         *("-blockdev", '{"node-name":"seed","driver":"raw"}', "-device", "virtio-blk-pci,drive=seed,id=seed-dev"),
     ]
 
@@ -125,7 +125,7 @@ def test_the_arguments_with_the_same_disks_are_the_same(name: str) -> None:
 
 
 def test_a_chain_is_named_outright() -> None:
-    [_, text, _, device] = disk_argv(0, NEW[0], DeviceModel.PARAVIRTUAL, Firmware.BIOS)
+    [_, text, _, device] = disk_argv(NEW[0], DeviceModel.PARAVIRTUAL, Firmware.BIOS)
     options = json.loads(text)
     assert device == "virtio-blk-pci,drive=disk0-1,id=disk0-dev,bootindex=1"
     below = options["backing"]

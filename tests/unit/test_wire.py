@@ -22,6 +22,7 @@ from tests.unit.test_errors import all_errors
 ONCE = {
     *("run", "create", "fork", "run_from", "template_create", "template_remove"),
     *("reboot", "remove", "remove_forward", "image_remove"),
+    *("disk_add", "disk_remove", "nic_add", "nic_remove"),
     *("snapshot_create", "snapshot_remove", "clone", "vm_import"),
 }
 

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from polyvisor.drivers.base import Boot
-from polyvisor.drivers.qemu.devices import disk_argv, display_argv, nic_argv, seed_argv
+from polyvisor.drivers.base import Boot, seed_number
+from polyvisor.drivers.qemu.devices import disk_argv, display_argv, nic_argv, pinned, seed_argv
 from polyvisor.spec.vm import NESTED, DeviceModel, Firmware, Mode, OnReboot
 
 QMP_SOCKET = "run/qmp.sock"
@@ -43,7 +43,7 @@ VIRTIO_ARGV = ("-device", "virtio-rng-pci", "-device", f"virtio-balloon-pci,id={
 
 def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[str]:
     """The command that runs `boot` with the QEMU at `binary`; `uefi_code` is the read-only half of UEFI firmware."""
-    return [
+    argv = [
         binary,
         *identity_argv(boot),
         *machine_argv(boot),
@@ -56,11 +56,12 @@ def build_argv(binary: str, boot: Boot, uefi_code: Path | None = None) -> list[s
         *agent_argv(),
         *GENERATION_ARGV,
         *display_argv(boot.devices),
-        *(word for i, disk in enumerate(boot.disks) for word in disk_argv(i, disk, boot.devices, boot.firmware)),
-        *seed_argv(boot.seed, len(boot.disks), boot.devices, boot.firmware),
-        *(word for i, nic in enumerate(boot.nics) for word in nic_argv(i, nic, boot.devices)),
+        *(word for disk in boot.disks for word in disk_argv(disk, boot.devices, boot.firmware)),
+        *seed_argv(boot.seed, seed_number(boot.disks), boot.devices, boot.firmware),
+        *(word for nic in boot.nics for word in nic_argv(nic, boot.devices)),
         *(VIRTIO_ARGV if boot.devices is DeviceModel.PARAVIRTUAL else []),
     ]
+    return pinned(argv, boot.slots)
 
 
 def identity_argv(boot: Boot) -> list[str]:

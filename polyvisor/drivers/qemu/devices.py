@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from polyvisor.spec.vm import DeviceModel, Firmware
 # Places on the IDE controller of the machine `pc`; `q35` has two more, which nobody is to miss after a change of firmware.
 IDE_PLACES = 4
 _LOOPBACK = "127.0.0.1"
+_NAMES = {"virtio-rng-pci": "rng", "VGA": "vga"}  # of devices without an id
 _DISK = re.compile(r"disk([0-9]+)(?:-[0-9]+)?\Z")
 _DRIVE = re.compile(r",drive=disk([0-9]+)(?:-[0-9]+)?(?=,|\Z)")
 
 
-def disk_argv(index: int, disk: BootDisk, devices: DeviceModel, firmware: Firmware) -> list[str]:
+def disk_argv(disk: BootDisk, devices: DeviceModel, firmware: Firmware) -> list[str]:
     """A qcow2 disk, with all that it stands on under it; the first one is booted from."""
-    boot = ",bootindex=1" if index == 0 else ""
-    device = f"ide-hd,{ide_place(index, firmware)}" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
-    return ["-blockdev", _json(disk_options(disk)), "-device", f"{device},drive={disk.node},id=disk{index}-dev{boot}"]
+    number = disk.number
+    boot = ",bootindex=1" if number == 0 else ""
+    device = f"ide-hd,{ide_place(number, firmware)}" if devices is DeviceModel.EMULATED else "virtio-blk-pci"
+    return ["-blockdev", _json(disk_options(disk)), "-device", f"{device},drive={disk.node},id=disk{number}-dev{boot}"]
 
 
 def disk_options(disk: BootDisk, *, alone: bool = False) -> dict[str, Any]:
@@ -44,15 +46,31 @@ def disk_options(disk: BootDisk, *, alone: bool = False) -> dict[str, Any]:
 
 
 def with_disks(argv: Sequence[str], disks: Sequence[BootDisk]) -> tuple[str, ...]:
-    """The arguments `argv` of a VM as they are with `disks`, in the same order, in place of those that it had."""
-    words = list(argv)
+    """The arguments `argv` of a VM as they are with `disks` in place of those of the same numbers."""
+    words, by_number = list(argv), {disk.number: disk for disk in disks}
     for i, (option, value) in enumerate(itertools.pairwise(argv), 1):
         if option == "-blockdev" and value.startswith("{"):
             if match := _DISK.match(str(json.loads(value).get("node-name", ""))):
-                words[i] = _json(disk_options(disks[int(match[1])]))
+                words[i] = _json(disk_options(by_number[int(match[1])]))
         elif option == "-device" and (match := _DRIVE.search(value)):
-            words[i] = f"{value[: match.start()]},drive={disks[int(match[1])].node}{value[match.end() :]}"
+            words[i] = f"{value[: match.start()]},drive={by_number[int(match[1])].node}{value[match.end() :]}"
     return tuple(words)
+
+
+def pinned(argv: Sequence[str], slots: Mapping[str, int]) -> list[str]:
+    """The arguments `argv` with each device where `slots` says that it is on the PCI bus, unless its place is given already."""
+    words = list(argv)
+    for i, (option, value) in enumerate(itertools.pairwise(argv), 1):
+        if option == "-device" and (slot := slots.get(device_name(value))) is not None and ",addr=" not in value:
+            words[i] = f"{value},addr=0x{slot:x}"
+    return words
+
+
+def device_name(value: str) -> str:
+    """The name of a device, as in the record's `slots`, by its value of -device."""
+    kind, *properties = value.split(",")
+    name = next((word.removeprefix("id=") for word in properties if word.startswith("id=")), _NAMES.get(kind, kind))
+    return name.removesuffix("-dev")
 
 
 def ide_place(index: int, firmware: Firmware) -> str:
@@ -70,23 +88,23 @@ def seed_argv(seed: Path | None, index: int, devices: DeviceModel, firmware: Fir
     return ["-blockdev", _json(options), "-device", f"{device},drive=seed,id=seed-dev"]
 
 
-def nic_argv(index: int, nic: BootNic, devices: DeviceModel) -> list[str]:
+def nic_argv(nic: BootNic, devices: DeviceModel) -> list[str]:
     """A network card. It carries no boot ROM: nothing boots from the network here, and loading one costs time."""
     model = "e1000" if devices is DeviceModel.EMULATED else "virtio-net-pci"
-    device = f"{model},mac={nic.mac},id=nic{index}-dev,romfile="
+    device = f"{model},mac={nic.mac},id={nic.name}-dev,romfile="
     if nic.network == "none":
         return ["-device", device]
-    return ["-netdev", netdev(index, nic), "-device", f"{device},netdev=nic{index}"]
+    return ["-netdev", netdev(nic), "-device", f"{device},netdev={nic.name}"]
 
 
-def netdev(index: int, nic: BootNic) -> str:
-    """What card `index` is plugged into: a private network, or its user network with the ports of the host that lead there."""
+def netdev(nic: BootNic) -> str:
+    """What a card is plugged into: a private network, or its user network with the ports of the host that lead there."""
     if nic.group is not None:
-        return f"socket,id=nic{index},mcast={nic.group},localaddr={_LOOPBACK}"
+        return f"socket,id={nic.name},mcast={nic.group},localaddr={_LOOPBACK}"
     forwards = "".join(f",hostfwd={hostfwd(forward)}" for forward in nic.forwards)
     # Each card on a subnet of its own, or the guest would answer by the wrong one; the first has slirp's usual 10.0.2.0.
-    subnet = f",net=10.0.{index + 2}.0/24" if index else ""
-    return f"user,id=nic{index}{subnet}{forwards}"
+    subnet = f",net=10.0.{nic.number + 2}.0/24" if nic.number else ""
+    return f"user,id={nic.name}{subnet}{forwards}"
 
 
 def display_argv(devices: DeviceModel) -> list[str]:

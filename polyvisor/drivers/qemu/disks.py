@@ -23,7 +23,7 @@ async def switch(monitor: Monitor, disks: Sequence[BootDisk]) -> None:
     Either all of them are switched or none. Raises QMPRefused, QMPLost, TimedOut.
     """
     written = await written_nodes(monitor)
-    wanted = {i: disk for i, disk in enumerate(disks) if written.get(i) != disk.node}
+    wanted = {disk.number: disk for disk in disks if written.get(disk.number) != disk.node}
     if not wanted:
         return
     known = {node["node-name"] for node in await monitor.execute("query-named-block-nodes", flat=True)}

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +67,9 @@ _REASONS = {
     "internal-error": "QEMU met an internal error",
 }
 
+_NO_PORTS = "the machine of guests with UEFI (q35) has no places where devices come and go while it runs"
 MISSING = {
+    **dict.fromkeys(("disk-add-uefi", "disk-remove-uefi", "nic-add-uefi", "nic-remove-uefi"), _NO_PORTS),
     "cpu-weight": "QEMU's processes are not put into control groups so far: all have the same weight",
     "cpu-limit": "QEMU's processes are not put into control groups so far, and nothing else limits them",
     "vcpus-remove-tcg": "QEMU's emulation damages its own memory when a vCPU is pulled out, and crashes later",
@@ -364,6 +366,40 @@ class QemuDriver:
 
     def with_disks(self, launch: Launch, disks: Sequence[BootDisk]) -> Launch:
         return replace(launch, argv=with_disks(launch.argv, disks))
+
+    async def attached(self, vm: VMDirectory) -> frozenset[str]:
+        from polyvisor.drivers.qemu.hotplug import attached
+
+        async with self._monitor(vm) as monitor:
+            return await attached(monitor)
+
+    async def attach(self, vm: VMDirectory, device: BootDisk | BootNic, slots: Mapping[str, int]) -> None:
+        from polyvisor.drivers.qemu.hotplug import attach
+
+        async with self._monitor(vm) as monitor:
+            await attach(monitor, device, slots)
+
+    async def detach(self, vm: VMDirectory, name: str) -> None:
+        from polyvisor.drivers.qemu.hotplug import detach
+
+        async with self._monitor(vm) as monitor:
+            await detach(monitor, name)
+
+    async def grow_disk(self, vm: VMDirectory, disk: BootDisk, size: int) -> None:
+        from polyvisor.drivers.qemu.hotplug import grow
+
+        async with self._monitor(vm) as monitor:
+            await grow(monitor, disk, size)
+
+    def with_device(self, launch: Launch, device: BootDisk | BootNic, slots: Mapping[str, int]) -> Launch:
+        from polyvisor.drivers.qemu.hotplug import with_device
+
+        return replace(launch, argv=with_device(launch.argv, device, slots))
+
+    def without_device(self, launch: Launch, name: str, slots: Mapping[str, int]) -> Launch:
+        from polyvisor.drivers.qemu.hotplug import without_device
+
+        return replace(launch, argv=without_device(launch.argv, name, slots))
 
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         async with self._monitor(vm) as monitor:

@@ -158,7 +158,7 @@ def _network(nics: Sequence[BootNic]) -> Change:
     """Each card's network as it is for `nics`."""
 
     def change(value: str) -> str:
-        return next((netdev(n, nic) for n, nic in enumerate(nics) if f"id=nic{n}" in value.split(",")), value)
+        return next((netdev(nic) for nic in nics if f"id={nic.name}" in value.split(",")), value)
 
     return change
 
@@ -171,8 +171,8 @@ def _address(nics: Sequence[BootNic]) -> Change:
 
     def change(value: str) -> str:
         words = value.split(",")
-        for n, nic in enumerate(nics):
-            if f"id=nic{n}-dev" in words and nic.network != "user":
+        for nic in nics:
+            if f"id={nic.name}-dev" in words and nic.network != "user":
                 return ",".join(f"mac={nic.mac}" if word.startswith("mac=") else word for word in words)
         return value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from polyvisor.drivers.base import Boot, BootNic
+from polyvisor.drivers.base import Boot, BootNic, seed_number
 from polyvisor.errors import InvalidInput
 from polyvisor.network.nat import BRIDGE, interface_name, private_bridge
 from polyvisor.spec.cpus import ALL_CPUS
@@ -145,10 +145,10 @@ def _disks(boot: Boot, directory: Path) -> Iterable[str]:
     guest calls them xvda, xvdb, … in either case.
     """
     firmware = boot.mode is Mode.HVM and boot.kernel is None
-    disks = [(disk.path, "qcow2", "rw") for disk in boot.disks]
+    disks = [(disk.number, disk.path, "qcow2", "rw") for disk in boot.disks]
     if boot.seed is not None:
-        disks.append((boot.seed, "raw", "ro"))
-    for i, (path, form, access) in enumerate(disks):
+        disks.append((seed_number(boot.disks), boot.seed, "raw", "ro"))
+    for i, path, form, access in disks:
         emulated = (firmware or boot.devices is DeviceModel.EMULATED) and boot.mode is Mode.HVM and i < IDE_PLACES
         device = f"{'hd' if emulated else 'xvd'}{chr(ord('a') + i)}"
         yield f"format={form},vdev={device},access={access},backendtype=qdisk,target={directory / path}"

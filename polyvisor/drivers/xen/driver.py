@@ -27,7 +27,7 @@ from polyvisor.drivers.xen.migration import MARK, settle, wake_keeper, was_pause
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
 from polyvisor.files import storage_errors, write_atomic
-from polyvisor.host.record import Launch, boot_id
+from polyvisor.host.record import Launch, boot_id, nic_name
 from polyvisor.host.store import VMDirectory
 from polyvisor.network.bridge import Bridge
 from polyvisor.network.nat import Card
@@ -357,6 +357,27 @@ class XenDriver:
     ) -> Observed:
         raise Unsupported(MISSING["fork"])
 
+    async def attached(self, vm: VMDirectory) -> frozenset[str]:
+        """What it was started with: nothing is plugged in later."""
+        launch = vm.launch()
+        given = launch.devices if launch else None
+        return frozenset((*given.disks, *given.nics)) if given else frozenset()
+
+    async def attach(self, vm: VMDirectory, device: BootDisk | BootNic, slots: Mapping[str, int]) -> None:
+        raise Unsupported(MISSING["disk-add" if isinstance(device, BootDisk) else "nic-add"])
+
+    async def detach(self, vm: VMDirectory, name: str) -> None:
+        raise Unsupported(MISSING["disk-remove" if name.startswith("disk") else "nic-remove"])
+
+    async def grow_disk(self, vm: VMDirectory, disk: BootDisk, size: int) -> None:
+        raise Unsupported(MISSING["disk-grow"])
+
+    def with_device(self, launch: Launch, device: BootDisk | BootNic, slots: Mapping[str, int]) -> Launch:
+        return launch  # its configuration is written anew at every start
+
+    def without_device(self, launch: Launch, name: str, slots: Mapping[str, int]) -> Launch:
+        return launch
+
     async def add_forward(self, vm: VMDirectory, nic: int, forward: Forward) -> None:
         await self._bridge.add_forward(vm.alive_file, _position(vm, nic), forward)
 
@@ -443,8 +464,11 @@ def _cards(vm: VMDirectory, nics: tuple[BootNic, ...]) -> tuple[Card, ...]:
 
 
 def _position(vm: VMDirectory, nic: int) -> int:
-    """Which of its cards on bridges is the VM's card number `nic`."""
-    return sum(1 for each in vm.record.spec.nics[:nic] if each.network != "none")
+    """Which of its cards on bridges is the VM's card number `nic`: those that it was started with."""
+    launch = vm.launch()
+    if launch is None or launch.devices is None:
+        return sum(1 for each in vm.record.spec.nics[:nic] if each.network != "none")
+    return [name for name, network in launch.devices.nics.items() if network != "none"].index(nic_name(nic))
 
 
 def _locked(vm: VMDirectory, held: contextlib.ExitStack) -> int:

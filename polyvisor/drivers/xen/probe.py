@@ -9,11 +9,17 @@ from polyvisor.errors import PolyvisorError
 from polyvisor.network.bridge import missing_programs
 from polyvisor.status import Accelerator, Capabilities
 
+_AT_A_START = "VMs that run on Xen can't get or lose {what} yet"
 MISSING = {
     "fork": "Xen can't start a guest from another one's memory by way of its tools",
     "snapshot-live": "disks of VMs that run on Xen can't be frozen: stop the VM first",
     "snapshot-memory": "snapshots with memory are not there yet for VMs of Xen",
     "uefi": "UEFI firmware for guests of Xen is not there yet",
+    "disk-add": _AT_A_START.format(what="disks"),
+    "disk-remove": _AT_A_START.format(what="disks"),
+    "disk-grow": "disks of VMs that run on Xen can't grow yet",
+    "nic-add": _AT_A_START.format(what="network cards"),
+    "nic-remove": _AT_A_START.format(what="network cards"),
     "nested": "guests of Xen can't run VMs",
     "vcpus-remove-hvm": "Xen's QEMU plugs vCPUs in and does not pull them out of an HVM guest",
 }
