@@ -16,6 +16,7 @@ from polyvisor.status import VMState
 
 # The contract's tests take `api`, which is the lab's KVM host here (conftest.py).
 from tests.contract.guest import guest
+from tests.contract.test_devices import *  # noqa: F403
 from tests.contract.test_fork import *  # noqa: F403
 from tests.contract.test_images import *  # noqa: F403
 from tests.contract.test_inside import *  # noqa: F403
