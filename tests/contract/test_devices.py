@@ -37,7 +37,7 @@ async def cards(api: HostApi, name: str) -> set[str]:
     return set((await guest(api, name, "cat /sys/class/net/eth*/address")).split())
 
 
-async def until(api: HostApi, name: str, wanted: dict[str, int]) -> None:
+async def has_disks(api: HostApi, name: str, wanted: dict[str, int]) -> None:
     """Wait until the guest has these disks: it finds them a moment after they were plugged in."""
     deadline = time.monotonic() + SETTLES_S
     while (found := await sizes(api, name)) != wanted:
@@ -45,11 +45,11 @@ async def until(api: HostApi, name: str, wanted: dict[str, int]) -> None:
         await asyncio.sleep(0.2)
 
 
-def write(word: str, disk: str) -> str:
+def written(word: str, disk: str) -> str:
     return f"echo {word} | dd of=/dev/{disk} bs=512 conv=sync,fsync 2>/dev/null"
 
 
-def read(disk: str) -> str:
+def what_is_on(disk: str) -> str:
     return f"dd if=/dev/{disk} bs=512 count=1 iflag=direct 2>/dev/null | head -n 1"
 
 
@@ -64,16 +64,16 @@ async def test_disks_of_a_running_vm(api: HostApi, spec: VMSpec) -> None:
         await needs(api, feature)
     name = spec.name
     await api.run(dataclasses.replace(spec, disks=(Disk(size_gib=1),)))
-    await until(api, name, {"vda": _GIB})
+    await has_disks(api, name, {"vda": _GIB})
     boot_id = await guest(api, name, BOOT_ID)
     for _ in range(2):
         [first, added] = await api.disk_add(name, 2, disk="disk1")
         assert (first.name, added.name, added.size_mib, added.pending) == ("disk0", "disk1", 2048, None)
-    await until(api, name, {"vda": _GIB, "vdb": 2 * _GIB})
-    await guest(api, name, write("words", "vdb"))
+    await has_disks(api, name, {"vda": _GIB, "vdb": 2 * _GIB})
+    await guest(api, name, written("words", "vdb"))
     for _ in range(2):
         assert [each.size_mib for each in await api.disk_grow(name, "disk1", 3)] == [1024, 3072]
-    await until(api, name, {"vda": _GIB, "vdb": 3 * _GIB})
+    await has_disks(api, name, {"vda": _GIB, "vdb": 3 * _GIB})
     with pytest.raises(InvalidInput, match="size_gib: 2: is less than disk1 has"):
         await api.disk_grow(name, "disk1", 2)
     slots = await guest(api, name, SLOTS)
@@ -83,27 +83,27 @@ async def test_disks_of_a_running_vm(api: HostApi, spec: VMSpec) -> None:
         with pytest.raises(WrongState, match="is saved"):
             await api.disk_add(name)
         await api.start(name)
-        assert await guest(api, name, f"{BOOT_ID}; {read('vdb')}") == f"{boot_id}\nwords"
+        assert await guest(api, name, f"{BOOT_ID}; {what_is_on('vdb')}") == f"{boot_id}\nwords"
         assert (await sizes(api, name), await guest(api, name, SLOTS)) == ({"vda": _GIB, "vdb": 3 * _GIB}, slots)
 
     await api.disk_add(name)
-    await until(api, name, {"vda": _GIB, "vdb": 3 * _GIB, "vdc": _GIB})
+    await has_disks(api, name, {"vda": _GIB, "vdb": 3 * _GIB, "vdc": _GIB})
     slots = await guest(api, name, SLOTS)
     with pytest.raises(WrongState, match="what is on disk1 would be lost"):
         await api.disk_remove(name, "disk1")
     left = await api.disk_remove(name, "disk1", force=True)
     assert [each.name for each in left] == ["disk0", "disk2"]
-    await until(api, name, {"vda": _GIB, "vdc": _GIB})
+    await has_disks(api, name, {"vda": _GIB, "vdc": _GIB})
     with pytest.raises(NotFound, match="no disk 'disk1'"):
         await api.disk_remove(name, "disk1", force=True)
-    await guest(api, name, write("other", "vdc"))
+    await guest(api, name, written("other", "vdc"))
     await api.save(name)
     await api.start(name)
-    assert await guest(api, name, f"{BOOT_ID}; {read('vdc')}") == f"{boot_id}\nother"
+    assert await guest(api, name, f"{BOOT_ID}; {what_is_on('vdc')}") == f"{boot_id}\nother"
 
     await api.kill(name)
     await api.start(name)
-    assert await guest(api, name, read("vdb")) == "other", "the guest counts them anew"
+    assert await guest(api, name, what_is_on("vdb")) == "other", "the guest counts them anew"
     assert set((await guest(api, name, SLOTS)).splitlines()) < set(slots.splitlines()), "none has moved"
     assert (await api.show(name)).pending == ()
     await api.remove(name, force=True)
@@ -169,16 +169,16 @@ async def test_snapshots_forks_and_clones_of_changed_disks(api: HostApi, spec: V
     await api.wait_for_ssh(name, timeout_s=BOOT_S)
     await api.disk_remove(name, "disk0", force=True)
     await api.disk_add(name, 2, disk="disk2")
-    await until(api, name, {"vdb": _GIB, "vda": 2 * _GIB})
-    await guest(api, name, f"{write('first', 'vdb')}; {write('third', 'vda')}")
+    await has_disks(api, name, {"vdb": _GIB, "vda": 2 * _GIB})
+    await guest(api, name, f"{written('first', 'vdb')}; {written('third', 'vda')}")
     boot_id = await guest(api, name, BOOT_ID)
     await api.snapshot_create(name, snapshot="a")
-    await guest(api, name, write("later", "vda"))
+    await guest(api, name, written("later", "vda"))
 
     await api.fork(name, [other])
-    assert await guest(api, other, f"{read('vdb')}; {read('vda')}") == "first\nlater"
+    assert await guest(api, other, f"{what_is_on('vdb')}; {what_is_on('vda')}") == "first\nlater"
     await api.disk_add(other, 1)
-    await until(api, other, {"vda": 2 * _GIB, "vdb": _GIB, "vdc": _GIB})
+    await has_disks(api, other, {"vda": 2 * _GIB, "vdb": _GIB, "vdc": _GIB})
     await api.disk_remove(other, "disk2", force=True)
     await api.remove(other, force=True)
 
@@ -195,9 +195,9 @@ async def test_snapshots_forks_and_clones_of_changed_disks(api: HostApi, spec: V
     await api.disk_add(name, 2, disk="disk2")
     await api.snapshot_revert(name, "a")
     await api.start(name)
-    assert await guest(api, name, f"{BOOT_ID}; {read('vdb')}; {read('vda')}") == f"{boot_id}\nfirst\nthird"
+    assert await guest(api, name, f"{BOOT_ID}; {what_is_on('vdb')}; {what_is_on('vda')}") == f"{boot_id}\nfirst\nthird"
     await api.disk_grow(name, "disk2", 3)
-    await until(api, name, {"vdb": _GIB, "vda": 3 * _GIB})
+    await has_disks(api, name, {"vdb": _GIB, "vda": 3 * _GIB})
 
     await api.kill(name)
     await api.clone(name, other)
@@ -209,7 +209,7 @@ async def test_snapshots_forks_and_clones_of_changed_disks(api: HostApi, spec: V
         await api.vm_import(str(file))
         assert [each.size_mib for each in await api.disk_list(clone)] == [1024, 3072], "under new numbers"
         await api.start(clone)
-        assert await guest(api, clone, f"{read('vda')}; {read('vdb')}") == "first\nthird"
+        assert await guest(api, clone, f"{what_is_on('vda')}; {what_is_on('vdb')}") == "first\nthird"
         await api.remove(clone, force=True)
 
 
