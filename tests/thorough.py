@@ -17,4 +17,7 @@ exhaustive = pytest.mark.skipif(not THOROUGH, reason="takes long: tested with PO
 
 def usually(values: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
     """Parameters of a test that takes long: those `chosen` are tested in any case, the others when all is asked for."""
-    return [value if value in chosen else pytest.param(value, marks=exhaustive) for value in values]
+    return [
+        value if value in chosen else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=exhaustive)
+        for value in values
+    ]

@@ -22,7 +22,7 @@ forks = pytest.mark.usefixtures("forking")  # a mark of this module would be los
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 # Counts, with a random number at each step: a line is the same in two guests only where it is from before the fork.
 COUNT = (
-    "cd /dev/shm; (n=0; while sleep 0.1; do n=$((n+1)); echo $n $(cat /proc/sys/kernel/random/uuid) >>count; done)"
+    "cd /dev/shm; (n=0; while sleep 0.25; do n=$((n+1)); echo $n $(cat /proc/sys/kernel/random/uuid) >>count; done)"
     " >/dev/null 2>&1 &"
 )
 # Host name, machine-id, host key, and a random number: what two VMs must never share.
