@@ -45,6 +45,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o600, durable: b
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)  # whatever the umask is, which may be a strict one
             file.write(data)
             file.flush()
             if durable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,11 @@ def store(tmp_path: Path) -> ImageStore:
 @pytest.mark.parametrize("packing", ["none", "gzip", "xz", "lzma", "bzip2", "lz4"])
 def test_it_is_what_was_packed(store: ImageStore, packing: str) -> None:
     image = stored(store, bzimage(packed(INSIDE, packing)))
-    path = mapped_kernel(store, image)
+    before = os.umask(0o077)
+    try:
+        path = mapped_kernel(store, image)
+    finally:
+        os.umask(before)
     assert path == store.directory(image) / "vmlinux"
     assert path is not None and path.read_bytes()[: len(INSIDE)] == INSIDE
     assert path.stat().st_mode & 0o777 == 0o444, "whoever runs a VM maps it, and nobody changes it"
