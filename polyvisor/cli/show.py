@@ -10,7 +10,7 @@ from polyvisor.cli.parser import seconds
 from polyvisor.cli.table import age, memory, pairs, table
 from polyvisor.errors import NotFound, one_line
 from polyvisor.host.api import Details
-from polyvisor.spec.vm import Nic, VMSpec, check_name
+from polyvisor.spec.vm import Nic, VMSpec, check_name, disk_size
 from polyvisor.ssh import READY_S
 from polyvisor.status import Saved, VMState, VMStatus
 
@@ -152,10 +152,7 @@ def _lines(details: Details, *, debug: bool) -> list[tuple[str, str]]:
         *_share_lines(spec),
         *(("pending", f"{p.setting}: {p.now} now, {p.then} at the next boot") for p in details.pending),
         ("devices", spec.devices.value),
-        *(
-            (name, f"{disk.size_gib} GiB" if disk.size_gib else "as the image")
-            for name, disk in zip(details.disk_names, spec.disks, strict=True)
-        ),
+        *((name, disk_size(disk.size_gib)) for name, disk in zip(details.disk_names, spec.disks, strict=True)),
         *((name, f"{nic.network}, {mac}") for name, nic, mac in _cards(details)),
         (
             "forwards",

@@ -34,7 +34,7 @@ from polyvisor.storage.layers import virtual_size
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
-_MIB, _GIB = 1 << 20, 1 << 30
+_MIB = 1 << 20
 
 
 async def clone(host: Host, name: str, new_name: str, snapshot: str | None, full: bool, progress: Progress) -> None:
@@ -149,9 +149,8 @@ async def copy_disks(host: Host, record: Record, tops: list[Path], directory: Pa
         check_room(directory, chain, record.spec.name)
         size = virtual_size(chain[0])
         await qemu_img.flatten(chain, disk.backing, target := directory / disk_path(disk.number), size, progress)
-        wanted = record.spec.disks[i].size_gib if i < len(record.spec.disks) else None
-        if wanted and wanted * _GIB > size:  # it has grown since what is copied was frozen
-            await qemu_img.grow(target, wanted * _GIB)
+        if i < len(record.spec.disks):  # it may have grown since what is copied was frozen
+            await disks.grow(target, record.spec.disks[i].size_gib)
 
 
 def check_room(directory: Path, chain: Sequence[Path], name: str) -> None:

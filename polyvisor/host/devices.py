@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, TypeVar
 from polyvisor.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
 from polyvisor.host import disks
-from polyvisor.host.plan import check_devices, check_networks, choose_accelerator, disk_path, first_slot, mac_of
+from polyvisor.host.plan import check_devices, check_networks, choose_accelerator, disk_path, first_slot, mac_addresses
 from polyvisor.host.plugging import Now, begin, drop_removed, looked, note, pull_out, put_in_force, seen, take_back
-from polyvisor.host.record import devices_of, kind_of, nic_name, number_of
+from polyvisor.host.record import devices_of, kind_of, number_of
 from polyvisor.host.store import VMDirectory
 from polyvisor.images import qemu_img
-from polyvisor.spec.vm import MAX_DISKS, MAX_NICS, DeviceModel, Disk, Nic
+from polyvisor.spec.vm import MAX_DISKS, MAX_NICS, DeviceModel, Disk, Nic, disk_size
 from polyvisor.status import DiskStatus, NicStatus
 from polyvisor.storage.layers import virtual_size
 
@@ -52,9 +52,10 @@ async def list_disks(host: Host, vm: VMDirectory) -> list[DiskStatus]:
 async def list_nics(host: Host, vm: VMDirectory) -> list[NicStatus]:
     """The network cards of a VM; needs no lock."""
     now = await seen(host, vm)
-    networks = {**devices_of(now.record).nics, **now.has.nics}
-    waits = _waits(now, devices_of(now.record).nics, now.has.nics, "nic")
-    macs = {nic_name(now.record.nic_number(i)): mac_of(now.record, i) for i in range(len(now.record.spec.nics))}
+    wanted = devices_of(now.record).nics
+    networks = {**wanted, **now.has.nics}
+    waits = _waits(now, wanted, now.has.nics, "nic")
+    macs = dict(zip(wanted, mac_addresses(now.record), strict=True))
     return [
         NicStatus(name=name, network=network, mac=macs.get(name, ""), pending=pending, reason=reason)
         for name, network in networks.items()
@@ -89,7 +90,7 @@ async def add_disk(host: Host, vm: VMDirectory, size_gib: int, name: str | None)
     _check_name(name, "disk", MAX_DISKS)
     if name in wanted:
         if wanted[name] != size_gib:
-            raise _there_is(vm, name, f"{wanted[name]} GiB" if wanted[name] else "as the image")
+            raise _there_is(vm, name, disk_size(wanted[name]))
         await put_in_force(host, vm, now, now.record, name)
         return
     _require_free_name(vm, now, name)
@@ -131,8 +132,7 @@ async def grow_disk(host: Host, vm: VMDirectory, name: str, size_gib: int) -> No
     before = begin(vm, now, new)
     try:
         if now.launch is None or name not in now.has.disks:
-            if size_gib * _GIB > size:
-                await qemu_img.grow(vm.path / disk.path, size_gib * _GIB)
+            await disks.grow(vm.path / disk.path, size_gib)
         elif not waits:
             await disks.settle(host, vm)
             await host.drivers.of(vm).grow_disk(vm, disk, size_gib * _GIB)
@@ -197,7 +197,8 @@ async def add_nic(host: Host, vm: VMDirectory, nic: Nic, name: str | None) -> No
     runs_on = now.launch.hypervisor if now.launch else choose_accelerator(new.spec, *drivers).name
     for xen in (each for each in drivers if each.driver == runs_on):
         check_networks(new.spec, xen)
-    if (mac := mac_of(new, len(spec.nics))) in [mac_of(new, i) for i in range(len(spec.nics))]:
+    *others, mac = mac_addresses(new)
+    if mac in others:
         raise InvalidInput("mac", mac, "is that of another card of this VM", hint="leave it out, or choose another")
     await put_in_force(host, vm, now, new, name)
 

@@ -24,11 +24,12 @@ from polyvisor.host.plan import boot_disks, disk_path
 from polyvisor.host.record import Record
 from polyvisor.host.store import VMDirectory
 from polyvisor.images import qemu_img
-from polyvisor.storage.layers import Layer
+from polyvisor.storage.layers import Layer, virtual_size
 
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
+_GIB = 1 << 30
 MAX_LAYERS = 100  # every read of what was never written goes through all of them
 
 
@@ -111,6 +112,14 @@ async def make_overlays(host: Host, directory: Path, record: Record, layers: Seq
     with storage_errors("making overlays"):
         sync_files(*made)
         sync_directory(directory / "disks")
+
+
+async def grow(path: Path, size_gib: int | None) -> None:
+    """Let a disk that nothing has open be as large as the spec says; one that is, or is larger, stays as it is."""
+    with storage_errors(f"looking at {path}"):
+        size = virtual_size(path)
+    if size_gib and size_gib * _GIB > size:
+        await qemu_img.grow(path, size_gib * _GIB)
 
 
 def give_to_user(paths: Iterable[Path], user: int | None) -> None:

@@ -194,27 +194,28 @@ async def begin(
     async def one(name: str) -> tuple[VMDirectory, Observed]:
         nonlocal done
         async with turns:
-            fork = await make(host, source, name, undo, shared=shared, warm=warm)
-            alone = go and len(names) == 1
-            observed = await start(host, source, fork, kernel, shared=shared, together=len(names), go=alone, warm=warm)
+            fork = await make(host, source, name, undo, shared=initrd is not None, warm=warm)
+            observed = await start(host, source, fork, kernel, initrd, together=len(names), go=alone, warm=warm)
         done += 1
         progress(Step("forking", done, len(names), ""))
         return fork, observed
 
     # One whose firmware is at work may be handed its kernel and initrd at this moment: then they stay those.
-    shared = in_long_mode(source.template.state)
-    kernel = await asyncio.to_thread(_kernel, host, source) if shared else None
+    kernel, initrd = None, None
+    if in_long_mode(source.template.state):
+        kernel, initrd = await asyncio.to_thread(_shared_files, host, source)
+    alone = go and len(names) == 1
     turns = asyncio.Semaphore((os.cpu_count() or 1) + 1)
     async with AsyncExitStack() as undo:
         made = await _together([one(name) for name in names])
         forks = [fork for fork, _ in made]
-        if go and len(names) > 1:
+        if go and not alone:
             # Many that run leave the host little time to wait for its disk.
             await asyncio.to_thread(_make_durable, host, forks)
             await _together([host.drivers.qemu.resume(fork) for fork in forks])
             made = [(fork, replace(observed, state=VMState.RUNNING)) for fork, observed in made]
         begun_at = time.monotonic()
-        if not go or len(names) == 1:
+        if alone or not go:
             await asyncio.to_thread(_make_durable, host, forks)
         undo.pop_all()
     return tuple(status_of(fork, observed) for fork, observed in made), begun_at
@@ -225,7 +226,7 @@ async def make(
 ) -> VMDirectory:
     """Make the directory of the fork `name`, whose lock is held, with disks above those of the source.
 
-    Where initrds are `shared`, it gets none of its own.
+    Where the initrd is `shared`, it gets none of its own.
     """
     record = Record(
         id=new_id(),
@@ -250,7 +251,7 @@ async def make(
         prepare.finish(staging, record)
     undo.push_async_callback(discard, host, fork)
     mode = Mode(source.launch.mode)
-    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode, fork=shared)
+    await prepare.refresh(fork, record, source.image, host.images.store, host.home.keys, mode, shared=shared)
     return fork
 
 
@@ -305,18 +306,17 @@ async def start(
     source: Source,
     fork: VMDirectory,
     kernel: Path | None,
+    initrd: Path | None,
     *,
-    shared: bool,
     together: int = 1,
     go: bool,
     warm: bool = False,
 ) -> Observed:
     """Start the process of a fork, and let it have the memory; with `go` it runs. A `warm` one is not a VM so far.
 
-    `kernel` is what the guest boots by from then on, None the source's; so is the image's initrd, where that is `shared`.
+    `kernel` and `initrd` are what the guest boots by from then on, where they are not its own.
     """
-    driver, record, image = host.drivers.qemu, fork.record, source.image
-    initrd = image.initrd if shared and shares_initrd(image, Mode(source.launch.mode)) else None
+    driver, record = host.drivers.qemu, fork.record
     told, born = (b"", _nothing) if warm else (_told(source, fork), _born(fork))
 
     async def launch() -> Observed:
@@ -328,7 +328,7 @@ async def start(
             nics=nics,
             disks=disks.disks_of(host, record),
             kernel=kernel,
-            initrd=host.images.store.file(image, initrd) if initrd else None,
+            initrd=initrd,
             seed=FORK_SEED if initrd else None,
         )
         command = await driver.fork_command(source.launch, source.template, wanted)
@@ -353,10 +353,11 @@ async def start(
         return await with_free_ports(launch)
 
 
-def _kernel(host: Host, source: Source) -> Path | None:
-    """The kernel of the source's image as forks share it, where the source boots by it."""
-    direct = boots_directly(source.image, Mode(source.launch.mode))
-    return mapped_kernel(host.images.store, source.image) if direct else None
+def _shared_files(host: Host, source: Source) -> tuple[Path | None, Path | None]:
+    """The kernel and the initrd of the source's image, as far as its forks share them."""
+    image, mode, store = source.image, Mode(source.launch.mode), host.images.store
+    kernel = mapped_kernel(store, image) if boots_directly(image, mode) else None
+    return kernel, store.file(image, image.initrd) if image.initrd and shares_initrd(image, mode) else None
 
 
 def _nothing() -> None:

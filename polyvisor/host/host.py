@@ -28,7 +28,7 @@ from polyvisor.host.insider import Insider
 from polyvisor.host.mover import Mover
 from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
-from polyvisor.host.record import Launch, Record, boot_id, devices_of, disk_name, new_id, nic_name
+from polyvisor.host.record import Launch, Record, boot_id, devices_of, new_id
 from polyvisor.host.setup.wish import Wish
 from polyvisor.host.snapshotter import Snapshotter
 from polyvisor.host.store import FORKING, RENEWING, VMDirectory, VMStore, no_such_vm
@@ -388,23 +388,24 @@ class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
 
     async def show(self, name: str) -> Details:
         from polyvisor.host import resize
-        from polyvisor.host.plan import mac_of
+        from polyvisor.host.plan import mac_addresses
         from polyvisor.host.saved import describe
 
         vm = self.store.get(name)
         record, launch, status = vm.record, vm.launch(), await self._status(vm)
+        named = devices_of(record)
         return Details(
             status=status,
             spec=record.spec,
-            mac_addresses=tuple(mac_of(record, i) for i in range(len(record.spec.nics))),
+            mac_addresses=mac_addresses(record),
             hypervisor_reason=launch.reason if launch else None,
             argv=launch.argv if launch else None,
             directory=str(vm.path),
             saved=describe(vm) if status.state is VMState.SAVED else None,
             usage=await resize.observed_usage(vm, self.drivers.of(vm), status),
             pending=waiting(record, launch, status.state),
-            disk_names=tuple(disk_name(record.disk_number(i)) for i in range(len(record.spec.disks))),
-            nic_names=tuple(nic_name(record.nic_number(i)) for i in range(len(record.spec.nics))),
+            disk_names=tuple(named.disks),
+            nic_names=tuple(named.nics),
         )
 
     async def events(self, names: Sequence[str] = ()) -> AsyncIterator[Event]:

@@ -22,7 +22,7 @@ from polyvisor.drivers.qemu.agent import heard, tell
 from polyvisor.errors import PolyvisorError, TimedOut, WrongState
 from polyvisor.files import storage_errors
 from polyvisor.host.keys import read_host_key
-from polyvisor.host.plan import mac_of
+from polyvisor.host.plan import mac_addresses
 from polyvisor.host.record import Record
 from polyvisor.host.store import RENEWING, VMDirectory
 from polyvisor.images.hostkey import HostKey
@@ -80,10 +80,6 @@ def told_again(vm: VMDirectory) -> bytes:
         return b""
     with storage_errors(f"reading what the guest of VM '{vm.name}' was told"):
         return (vm.path / RENEWING).read_bytes().partition(b"\n")[2]
-
-
-def mac_addresses(record: Record) -> tuple[str, ...]:
-    return tuple(mac_of(record, i) for i in range(len(record.spec.nics)))
 
 
 def changed_macs(record: Record, source: Record) -> Sequence[tuple[str, str]]:

@@ -8,6 +8,7 @@ from polyvisor.drivers.base import Observed
 from polyvisor.host.record import Devices, Launch, Record, devices_of, resources_of
 from polyvisor.host.store import VMDirectory
 from polyvisor.spec.resources import SETTINGS, Resources
+from polyvisor.spec.vm import disk_size
 from polyvisor.status import Pending, VMState, VMStatus
 
 
@@ -96,7 +97,7 @@ def devices_waiting(record: Record, launch: Launch) -> tuple[Pending, ...]:
 
 
 def _disks_shown(devices: Devices) -> dict[str, str]:
-    return {name: f"{size_gib} GiB" if size_gib else "as the image" for name, size_gib in devices.disks.items()}
+    return {name: disk_size(size_gib) for name, size_gib in devices.disks.items()}
 
 
 def _nics_shown(devices: Devices) -> dict[str, str]:

@@ -353,6 +353,11 @@ def mac_of(record: Record, index: int) -> str:
     return record.spec.nics[index].mac or derived_mac(record.id, record.nic_number(index))
 
 
+def mac_addresses(record: Record) -> tuple[str, ...]:
+    """Those of all cards in the spec, in its order."""
+    return tuple(mac_of(record, i) for i in range(len(record.spec.nics)))
+
+
 def derived_mac(vm_id: str, index: int) -> str:
     """A MAC address that is always the same for a VM's network card: QEMU's prefix and a hash (locally administered)."""
     digest = zlib.crc32(f"{vm_id}/{index}".encode()).to_bytes(4, "big")

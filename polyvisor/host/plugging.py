@@ -22,14 +22,12 @@ from polyvisor.host.observed import devices_waiting
 from polyvisor.host.plan import boot_nic, is_uefi, numbered
 from polyvisor.host.record import Devices, Launch, Record, devices_of, kind_of, number_of
 from polyvisor.host.store import VMDirectory
-from polyvisor.images import qemu_img
 from polyvisor.images.image import Image
 from polyvisor.network.ports import SSH_PORT, chosen_forwards, wanted_forwards
 from polyvisor.operation import silent
 from polyvisor.spec.forward import Forward, parse_forward
 from polyvisor.spec.vm import DeviceModel
 from polyvisor.status import VMState
-from polyvisor.storage.layers import virtual_size
 from polyvisor.values import dataclass
 
 if TYPE_CHECKING:
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 FEATURES = ("disk-add", "disk-remove", "disk-grow", "nic-add", "nic-remove")
 EMULATED = "emulated devices are what they were at the start"
 OLDER = "an older Polyvisor has started it"
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +141,7 @@ async def tidy(host: Host, vm: VMDirectory) -> None:
         return
     drop_removed(vm, record, None)
     for disk, wanted in zip(disks.disks_of(host, record), record.spec.disks, strict=True):
-        path = vm.path / disk.path
-        with storage_errors(f"looking at {disk.name} of VM '{vm.name}'"):
-            size = virtual_size(path)
-        if wanted.size_gib and wanted.size_gib * _GIB > size:
-            await qemu_img.grow(path, wanted.size_gib * _GIB)
+        await disks.grow(vm.path / disk.path, wanted.size_gib)
 
 
 def drop_removed(vm: VMDirectory, record: Record, has: Devices | None) -> None:

@@ -21,7 +21,6 @@ from polyvisor.host.plan import (
     choose_firmware,
     disk_count,
     disk_path,
-    shares_initrd,
 )
 from polyvisor.host.record import Record, record_to_json
 from polyvisor.host.store import VMDirectory
@@ -97,15 +96,14 @@ def finish(vm: VMDirectory, record: Record) -> None:
 
 
 async def refresh(
-    vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode, *, fork: bool = False
+    vm: VMDirectory, record: Record, image: Image, images: ImageStore, keys: Path, mode: Mode, *, shared: bool = False
 ) -> None:
     """Make what a start in `mode` needs anew: the seed, from the spec and Polyvisor's key, and UEFI variables.
 
-    A `fork` may share its initrd with others.
+    Where the initrd is `shared`, as with forks (`plan.shares_initrd`), the seed is a file beside it.
     """
     with storage_errors(f"shortening the console log of VM '{vm.name}'"):
         shorten_log(vm.console_log)
-    shared = fork and shares_initrd(image, mode)
     seed = await _write_seed(vm, record, image, images, keys, mode, shared=shared)
     if record.user is not None and seed is not None:
         os.chown(seed, record.user, record.user)

@@ -42,9 +42,9 @@ def _elf(kernel: Path) -> bytes | None:
     """The ELF file in the kernel at this path, where it has the note by which QEMU enters it."""
     if kernel.stat().st_size > MAX_KERNEL:
         return None
-    data = kernel.read_bytes()
     with contextlib.suppress(Unreadable, Spent):
-        found = read_kernel(data, Budget())
+        elf = b"".join(inside(kernel.read_bytes(), Budget()))
+        found = read_kernel(elf, Budget())
         if found.xen_pvh and found.architecture == "x86_64":
-            return b"".join(inside(data, Budget()))
+            return elf
     return None

@@ -91,6 +91,11 @@ class Disk:
             _check_range("size_gib", self.size_gib, 1, MAX_DISK_GIB, "GiB")
 
 
+def disk_size(size_gib: int | None) -> str:
+    """What a spec says of a disk's size, for people."""
+    return f"{size_gib} GiB" if size_gib else "as the image"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nic:
     """A network card, on a network that needs no rights.

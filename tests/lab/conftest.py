@@ -35,7 +35,7 @@ from polyvisor.spec.vm import Mode
 from polyvisor.ssh import execute
 from tests.contract.conftest import booted, running, spec
 from tests.lab.emulation import allow_reruns, pytest_fixture_setup, pytest_pyfunc_call, unwatch, watch
-from tests.thorough import THOROUGH
+from tests.thorough import exhaustive
 
 __all__ = ["booted", "pytest_fixture_setup", "pytest_pyfunc_call", "running", "spec"]
 
@@ -95,10 +95,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run ON_KVM and ON_XEN unless all is asked for."""
     allow_reruns([item for item in items if "lab/test_xen" in item.nodeid or "lab/test_resize" in item.nodeid])
     for item in items:
-        if isinstance(item, pytest.Function) and not THOROUGH and _is_long(item):
-            item.add_marker(
-                pytest.mark.skip(reason="takes minutes on an emulated host: tested with POLYVISOR_TEST_ALL=1")
-            )
+        if isinstance(item, pytest.Function) and _is_long(item):
+            item.add_marker(exhaustive)
 
 
 def _is_long(test: pytest.Function) -> bool:

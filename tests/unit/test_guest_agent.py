@@ -15,6 +15,7 @@ from polyvisor.drivers.qemu.agent import has_agent_port, heard, make_pipes, tell
 from polyvisor.drivers.qemu.argv import build_argv
 from polyvisor.errors import PolyvisorError, TimedOut, WrongState
 from polyvisor.host import identity
+from polyvisor.host.plan import mac_addresses
 from polyvisor.host.record import Record
 from polyvisor.host.store import VMDirectory
 from polyvisor.images import reseed, tiny_root
@@ -175,7 +176,7 @@ class TestMessage:
         source = record(OTHER, "web-1", *nics)
         fork = record(ID, "copy", *(replace(nic, mac=None) for nic in nics))
         pairs = identity.changed_macs(fork, source)
-        before, after = identity.mac_addresses(source), identity.mac_addresses(fork)
+        before, after = mac_addresses(source), mac_addresses(fork)
         assert [old for old, _ in pairs] == [*before[1:]]
         assert [new for _, new in pairs] == [*after[1:]]
         assert before[2] == given and given not in after

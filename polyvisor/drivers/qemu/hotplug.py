@@ -20,6 +20,7 @@ from polyvisor.drivers.qemu.devices import device_name, disk_argv, disk_options,
 from polyvisor.drivers.qemu.incoming import parsed
 from polyvisor.drivers.qemu.qmp import Monitor, QMPRefused
 from polyvisor.errors import TimedOut
+from polyvisor.host.record import kind_of
 from polyvisor.spec.vm import DeviceModel, Firmware
 
 UNPLUG_S = 15.0
@@ -68,7 +69,7 @@ def _name(option: str, value: str | None) -> str:
 
 def _rank(name: str) -> int:
     """Which place a device has among those of other kinds; -1 for what has none."""
-    kind = name.rstrip("0123456789")
+    kind = kind_of(name)
     return _ORDER.index(kind) if kind in _ORDER else -1
 
 

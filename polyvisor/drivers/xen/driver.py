@@ -27,7 +27,7 @@ from polyvisor.drivers.xen.migration import MARK, settle, wake_keeper, was_pause
 from polyvisor.drivers.xen.probe import MISSING, probe
 from polyvisor.errors import CannotStart, PolyvisorError, ProcessFailed, TimedOut, Unavailable, Unsupported, WrongState
 from polyvisor.files import storage_errors, write_atomic
-from polyvisor.host.record import Launch, boot_id, nic_name
+from polyvisor.host.record import Launch, boot_id, kind_of, nic_name
 from polyvisor.host.store import VMDirectory
 from polyvisor.network.bridge import Bridge
 from polyvisor.network.nat import Card
@@ -364,10 +364,10 @@ class XenDriver:
         return frozenset((*given.disks, *given.nics)) if given else frozenset()
 
     async def attach(self, vm: VMDirectory, device: BootDisk | BootNic, slots: Mapping[str, int]) -> None:
-        raise Unsupported(MISSING["disk-add" if isinstance(device, BootDisk) else "nic-add"])
+        raise Unsupported(MISSING[f"{kind_of(device.name)}-add"])
 
     async def detach(self, vm: VMDirectory, name: str) -> None:
-        raise Unsupported(MISSING["disk-remove" if name.startswith("disk") else "nic-remove"])
+        raise Unsupported(MISSING[f"{kind_of(name)}-remove"])
 
     async def grow_disk(self, vm: VMDirectory, disk: BootDisk, size: int) -> None:
         raise Unsupported(MISSING["disk-grow"])

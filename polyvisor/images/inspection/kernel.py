@@ -62,11 +62,8 @@ def read_kernel(data: bytes, budget: Budget) -> Kernel:
     """The kernel in the file `data`; raises Unreadable where it is none for x86."""
     if data.startswith(_ELF_64_LSB):
         return _with_notes(Kernel(version=None, architecture=_machine(data), packing="none"), _Plain(data))
-    if len(data) < 0x260 or data[0x202:0x206] != b"HdrS":
-        raise Unreadable("it is no Linux kernel for x86 (it has no header of a bzImage)")
-    protocol, version_at = struct.unpack_from("<HxxxxxxH", data, 0x206)
-    if protocol < 0x208 or not data[0x211] & _LOADED_HIGH:
-        raise Unreadable("it is a kernel from before 2.6.26, which nothing here can look into")
+    protocol = _protocol(data)
+    (version_at,) = struct.unpack_from("<H", data, 0x20E)
     version = _VERSION.match(data, version_at + _SECTOR) if version_at else None
     kernel = Kernel(
         version=version[0].decode() if version else None, architecture=_bitness(data, protocol), packing=None
@@ -80,8 +77,12 @@ def read_kernel(data: bytes, budget: Budget) -> Kernel:
 
 
 def inside(data: bytes, budget: Budget) -> Iterator[bytes]:
-    """The kernel proper, an ELF file, in pieces, of a kernel that `read_kernel` has read; raises Unreadable, Spent."""
-    payload = data if data.startswith(_ELF_64_LSB) else _payload(data)
+    """The kernel proper, an ELF file, in pieces, of the kernel in the file `data`; raises Unreadable, Spent."""
+    if data.startswith(_ELF_64_LSB):
+        yield data
+        return
+    _protocol(data)
+    payload = _payload(data)
     packing = _packing(payload)
     if packing is None:
         raise Unreadable(_UNKNOWN_PACKING)
@@ -93,6 +94,16 @@ def inside(data: bytes, budget: Budget) -> Iterator[bytes]:
         if (size := size + len(piece)) > _MAX_ELF:
             raise Unreadable("the kernel in it is larger than kernels are")
         yield piece
+
+
+def _protocol(data: bytes) -> int:
+    """The version of the boot protocol that a bzImage speaks; raises Unreadable where it is none, or one of long ago."""
+    if len(data) < 0x260 or data[0x202:0x206] != b"HdrS":
+        raise Unreadable("it is no Linux kernel for x86 (it has no header of a bzImage)")
+    (protocol,) = struct.unpack_from("<H", data, 0x206)
+    if protocol < 0x208 or not data[0x211] & _LOADED_HIGH:
+        raise Unreadable("it is a kernel from before 2.6.26, which nothing here can look into")
+    return int(protocol)
 
 
 def _packing(payload: bytes) -> str | None:
