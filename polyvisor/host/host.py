@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from polyvisor.storage.layers import LayerStore
 
 _POLL_S = 0.1
+_PRESS_AGAIN_S = 5.0  # a guest that answers by SSH may not have loaded yet what listens to its power button
 
 
 class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
@@ -317,9 +318,14 @@ class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
         restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
         if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
             await self._press_power_button(vm, observed.state)
+            again_s = _PRESS_AGAIN_S
             while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
                 progress(Step("shutting down", int(waited), int(timeout_s), "s"))
                 await pause(_POLL_S)
+                if waited > again_s:
+                    again_s = waited + _PRESS_AGAIN_S
+                    with suppress(PolyvisorError):  # a guest on its way down need not listen
+                        await self._press_power_button(vm, VMState.RUNNING)
         return not vm.alive()
 
     async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from polyvisor.errors import ConnectionLost, ImageRefused, InvalidInput, PolyvisorError
@@ -42,6 +42,7 @@ MAX_VARIABLES = 64 << 20
 _MAGIC, _END = b"polyvisor parcel 1\n", b"polyvisor parcel ends\n"
 _MAX_MANIFEST = 8 << 20  # user data may have 512 KiB, of which JSON can make six times as much
 _CHUNK = 1 << 20
+_BLOCK = 512  # the unit of st_blocks: inode(7)
 _EXTENT = struct.Struct(">QQ")
 _LENGTH = struct.Struct(">I")
 _DISK = re.compile(r"disks/disk[0-9]{1,2}\.qcow2\Z")
@@ -85,15 +86,20 @@ def expected(spec: VMSpec, image: Image) -> tuple[set[str], set[str]]:
 def packed(move: Move, cargo: Cargo, paths: Sequence[tuple[str, Path]]) -> Iterator[bytes]:
     """The parcel of `paths` (as they are called, where they are), in chunks. Nobody may change them meanwhile.
 
-    All files are open before the first byte comes.
+    All files are open before the first byte comes. Where they have data is asked once: as pages are written back and read,
+    file systems take more and less of a file that nobody changes for a hole.
     """
     opened = [(name, _open(path)) for name, path in paths]
     try:
-        files = tuple(_measured(name, fd) for name, fd in opened)
+        held = [list(_extents(fd)) for _, fd in opened]
+        files = tuple(
+            File(path=name, size=os.fstat(fd).st_size, data=_total(extents))
+            for (name, fd), extents in zip(opened, held, strict=True)
+        )
         text = json.dumps({"format": FORMAT, **unstructure(Manifest(move=move, cargo=cargo, files=files))}).encode()
         yield _MAGIC + _LENGTH.pack(len(text)) + text
-        for file, (_, fd) in zip(files, opened, strict=True):
-            yield from _content(file, fd)
+        for file, (_, fd), extents in zip(files, opened, held, strict=True):
+            yield from _content(file, fd, extents)
         yield _END
     finally:
         for _, fd in opened:
@@ -101,12 +107,12 @@ def packed(move: Move, cargo: Cargo, paths: Sequence[tuple[str, Path]]) -> Itera
 
 
 def data_bytes(paths: Sequence[Path]) -> int:
-    """How much the files hold, without holes."""
+    """How much the files hold at most, without holes: what `packed` finds there later is no more."""
     total = 0
     for path in paths:
         fd = _open(path)
         try:
-            total += _measured("", fd).data
+            total += max(_total(_extents(fd)), os.fstat(fd).st_blocks * _BLOCK)
         finally:
             os.close(fd)
     return total
@@ -118,14 +124,13 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
-def _measured(name: str, fd: int) -> File:
-    size = os.fstat(fd).st_size
-    return File(path=name, size=size, data=sum(length for _, length in _extents(fd, size)))
+def _total(extents: Iterable[tuple[int, int]]) -> int:
+    return sum(length for _, length in extents)
 
 
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def _extents(fd: int) -> Iterator[tuple[int, int]]:
     """Where the file has data: offset and length (lseek(2), SEEK_DATA; a file system that can't tell has no holes)."""
-    offset = 0
+    offset, size = 0, os.fstat(fd).st_size
     while offset < size:
         try:
             begin = os.lseek(fd, offset, os.SEEK_DATA)
@@ -137,9 +142,9 @@ def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield begin, offset - begin
 
 
-def _content(file: File, fd: int) -> Iterator[bytes]:
+def _content(file: File, fd: int, extents: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     digest = hashlib.sha256()
-    for begin, length in _extents(fd, file.size):
+    for begin, length in extents:
         head = _EXTENT.pack(begin, length)
         digest.update(head)
         yield head

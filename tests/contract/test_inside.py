@@ -11,6 +11,7 @@ import pytest
 
 from polyvisor.errors import Busy, InvalidInput, NotFound
 from polyvisor.host.api import HostApi
+from polyvisor.operation import Step
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.vm import Disk, OnReboot, VMSpec
 from polyvisor.ssh import copy, execute
@@ -40,6 +41,14 @@ async def test_stop_of_a_guest_that_does_not_listen_kills_it(api: HostApi, runni
 async def test_a_paused_vm_can_be_stopped(api: HostApi, booted: str) -> None:
     await api.pause(booted)
     assert (await api.stop(booted, timeout_s=60)).state is VMState.STOPPED
+
+
+async def test_a_guest_that_listens_late_is_shut_down(api: HostApi, booted: str) -> None:
+    """It may answer by SSH before there is a program that its power button wakes. Guests of Xen PV and PVH need none."""
+    await guest(api, booted, "killall acpid && (sleep 2; acpid -l /dev/null) >/dev/null 2>&1 &")
+    steps: list[Step] = []
+    assert (await api.stop(booted, timeout_s=60, progress=steps.append)).state is VMState.STOPPED
+    assert steps[-1].done is not None and steps[-1].done < 55, "it ended by itself"
 
 
 async def test_poweroff_inside_the_guest_stops_the_vm(api: HostApi, booted: str) -> None:

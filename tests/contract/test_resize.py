@@ -65,8 +65,6 @@ async def missing(api: HostApi, feature: str, name: str) -> str | None:
     return found.refusal(feature, status.hypervisor, status.mode)
 
 
-# QEMU 7.2 ended there under emulation, once, and never again in hundreds of tries: see docs/design/resize.md.
-@pytest.mark.flaky(reruns=1, only_rerun=["the connection to QEMU ended during device_add"])
 async def test_vcpus_are_added_and_removed_while_the_guest_runs(api: HostApi, spec: VMSpec) -> None:
     await api.run(roomy(spec))
     await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from polyvisor.drivers.qemu.agent import heard, tell
+from polyvisor.host.identity import told_again
+from polyvisor.spec.vm import VMSpec
+from tests.contract.guest import BOOT_S, guest
 from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, finish, processes, qemus
 from tests.faults.test_concurrency import at_once
 from tests.faults.test_crash_points import Walk, launchers, walked
@@ -196,6 +200,31 @@ def test_disk_full(small: Polyvisor) -> None:
     assert small.states() == {"vm": "running", "copy": "running"}
     small.good("rm", "--force", "--all")
     assert_nothing_left(small.home)
+
+
+async def test_a_fork_that_is_told_again_renews_itself_once(polyvisor: Polyvisor) -> None:
+    """One that is slow is told again before it has answered; its SSH server, which answers by then, must stay."""
+    host = polyvisor.host()
+    await host.run(VMSpec(name="vm", image="tiny"))
+    await host.wait_for_ssh("vm", timeout_s=BOOT_S)
+    await host.pause("vm")
+    await host.fork("vm", ["copy"])
+    vm = host.store.get("copy")
+    told = told_again(vm)
+    assert told.endswith(b"\n"), "it runs not yet, and can't have answered"
+    await host.resume("copy")
+    await host.wait_for_ssh("copy", timeout_s=BOOT_S)
+    servers = "cat /run/dropbear.pid; hostname"
+    before = await guest(host, "copy", servers)
+    tell(vm, told)
+    answer = b""
+    async with asyncio.timeout(BOOT_S):
+        while b"polyvisor-renewed" not in answer:
+            await asyncio.sleep(0.05)
+            answer += heard(vm)
+    assert await guest(host, "copy", servers) == before
+    polyvisor.good("rm", "--force", "--all")
+    assert_nothing_left(polyvisor.home)
 
 
 def test_five_forks_at_once(polyvisor: Polyvisor) -> None:

@@ -165,13 +165,26 @@ class TestFork:
     def test_its_own_address_where_others_see_it(self) -> None:
         """After a reset a card has the address of these words; a user network knows its guest by the source's."""
         cards = ("virtio-net-pci,mac=52:54:00:aa:aa:aa,id=nic0-dev,romfile=", "e1000,mac=52:54:00:bb:bb:bb,id=nic1-dev")
-        argv = ["q", "-m", "size=1M", *(word for card in cards for word in ("-device", card))]
+        argv = [
+            "q",
+            "-m",
+            "size=1M",
+            "-smp",
+            "cpus=1,sockets=1,cores=1,threads=1",
+            *(word for card in cards for word in ("-device", card)),
+        ]
         own = fork_argv(argv, MACHINE, 7, replace(FORK, nics=(FORK.nics[0], PRIVATE)))
         assert values(own, "-device") == [cards[0], f"e1000,mac={PRIVATE.mac},id=nic1-dev"]
 
     def test_a_crowd_keeps_less_translated_code(self) -> None:
         many = fork_argv(started(TINY), MACHINE, 7, replace(FORK, together=100))
         assert values(many, "-accel") == ["tcg,thread=multi,tb-size=8"]
+
+    def test_a_fork_with_room_for_vcpus_has_room_for_their_code(self) -> None:
+        source = started(replace(TINY, vcpus=1, vcpus_max=2))
+        assert values(source, "-accel") == ["tcg,thread=multi,tb-size=256"]
+        for now, size in ((None, 256), (1, 256), (2, 16)):
+            assert values(fork_argv(source, replace(MACHINE, vcpus=now), 7, FORK), "-accel")[0].endswith(f"={size}")
 
     def test_its_memory_is_private(self) -> None:
         assert memory_argv(started(TINY), 3, share=False)[1].split(",")[-2:] == ["share=off", EXACT]

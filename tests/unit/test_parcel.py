@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import AsyncGenerator, Callable
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from polyvisor.errors import ConnectionLost, ImageRefused, NotFound, PolyvisorError, WrongState
 from polyvisor.host import moving
-from polyvisor.host.parcel import Parcel, packed, parse
+from polyvisor.host.parcel import Parcel, data_bytes, packed, parse
 from polyvisor.remote.transfer import copy_image
 from tests.unit.disks import MIB, qemu_img
 from tests.unit.moved import Machine, made, offered
@@ -100,6 +101,30 @@ async def test_however_it_is_cut(source: Machine, target: Machine, size: int) ->
     data = await given_out(source, target)
     await arrive(target, data, size=max(size, len(data) // 20_000))
     assert target.store.names() == ["web"]
+
+
+async def test_what_is_sent_is_what_was_announced(source: Machine, target: Machine) -> None:
+    """File systems change their mind about what is a hole: here one becomes data once the manifest is out."""
+    cargo, move = await offered(source, target)
+    _, paths = await moving.loaded(source, source.store.get("web"))
+    path = dict(paths)["disks/disk1.qcow2"]
+    with path.open("r+b") as file:
+        file.truncate(8 * MIB)
+    held = path.stat().st_blocks
+    parcel = packed(move, cargo, paths)
+    manifest = next(parcel)
+    with path.open("r+b") as file:
+        file.seek(4 * MIB)
+        file.write(b"\1" * MIB)
+    await arrive(target, manifest + b"".join(parcel))
+    assert disk(target, 1).stat().st_blocks <= held < path.stat().st_blocks
+
+
+async def test_room_for_what_a_file_has_reserved(tmp_path: Path) -> None:
+    """What is a hole as long as nobody reads it is data afterwards, on some file systems."""
+    with (tmp_path / "a").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, MIB)
+    assert data_bytes([tmp_path / "a"]) >= MIB
 
 
 async def test_it_comes_once(source: Machine, target: Machine, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 from polyvisor.drivers.qemu import resize
 from polyvisor.drivers.qemu.incoming import restoring_argv
 from polyvisor.drivers.qemu.qmp import Monitor, connected
-from polyvisor.drivers.qemu.resize import read_slots, set_memory, set_vcpus, usage
+from polyvisor.drivers.qemu.resize import free_regions, read_slots, set_memory, set_vcpus, usage
 from polyvisor.errors import PolyvisorError, TimedOut, WrongState
 from polyvisor.status import Usage
 from tests.unit.test_qmp import FakeQemu
 
 MIB = 1 << 20
+CODE = 33472512  # what QEMU 7.2 says of tb-size=32
 
 
 def _name(key: str) -> str:
@@ -36,6 +37,7 @@ class Machine:
         self.listens = True  # whether it does as it is asked
         self.least = 0  # no less memory than this
         self.updates = 0
+        self.translated = [0.5]  # how full the buffer of translated code is: now, and at each later question
         self.targets: list[int] = []
         self.removed: list[str] = []
 
@@ -69,6 +71,13 @@ class Machine:
             self.cores = {core: path for core, path in self.cores.items() if path != id_}
         return {"return": {}}
 
+    def human_monitor_command(self, command_line: str) -> dict[str, Any]:
+        assert command_line == "info jit"
+        full = self.translated.pop(0) if len(self.translated) > 1 else self.translated[0]
+        return {
+            "return": f"Translation buffer state:\r\ngen code size       {int(full * CODE)}/{CODE}\r\nTB count  7\r\n"
+        }
+
     def balloon(self, value: int) -> dict[str, Any]:
         self.targets.append(value // MIB)
         if self.driver and self.listens:
@@ -93,7 +102,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    for name in ("UNPLUG_S", "STATISTICS_S", "BALLOON_S"):
+    for name in ("UNPLUG_S", "STATISTICS_S", "BALLOON_S", "TRANSLATOR_S"):
         monkeypatch.setattr(resize, name, 0.3)
     return Machine()
 
@@ -112,7 +121,7 @@ async def talking(machine: Machine, directory: Path) -> Any:
 async def test_vcpus_are_plugged_in_and_pulled_out_in_order(machine: Machine, tmp_path: Path) -> None:
     async with talking(machine, tmp_path) as monitor:
         for count in (3, 3, 1, 2, 4):
-            await set_vcpus(monitor, count)
+            await set_vcpus(monitor, count, emulated=True)
             assert sorted(machine.cores) == list(range(count))
             assert await usage(monitor) == Usage(vcpus=count, memory_mib=256)
     assert [path.rpartition("-")[0] for path in machine.removed] == [
@@ -123,12 +132,44 @@ async def test_vcpus_are_plugged_in_and_pulled_out_in_order(machine: Machine, tm
 
 async def test_a_guest_that_does_not_let_go_of_a_vcpu(machine: Machine, tmp_path: Path) -> None:
     async with talking(machine, tmp_path) as monitor:
-        await set_vcpus(monitor, 2)
+        await set_vcpus(monitor, 2, emulated=True)
         machine.listens = False
         with pytest.raises(TimedOut, match="does not let go"):
-            await set_vcpus(monitor, 1)
+            await set_vcpus(monitor, 1, emulated=True)
         assert len(machine.cores) == 2
-        await set_vcpus(monitor, 2)
+        await set_vcpus(monitor, 2, emulated=True)
+
+
+async def test_a_translator_that_is_full_gets_no_vcpu(machine: Machine, tmp_path: Path) -> None:
+    """QEMU would end itself; a guest that runs on empties the buffer, sooner or later."""
+    async with talking(machine, tmp_path) as monitor:
+        machine.translated = [0.97]
+        with pytest.raises(WrongState, match="no room for the code of another vCPU"):
+            await set_vcpus(monitor, 2, emulated=True)
+        assert len(machine.cores) == 1
+        machine.translated = [0.97, 0.99, 0.01]
+        await set_vcpus(monitor, 2, emulated=True)
+        assert len(machine.cores) == 2
+        machine.translated = [1.0]
+        await set_vcpus(monitor, 2, emulated=True)
+        await set_vcpus(monitor, 3, emulated=False)
+        assert len(machine.cores) == 3
+
+
+def test_regions_of_the_translator() -> None:
+    """Never more than QEMU has: with three vCPUs at most, 32 MiB are 16 regions, and 256 MiB are 24."""
+
+    def free(used: int, size: int, vcpus: int = 1, most: int = 3) -> int:
+        return free_regions(f"x\ngen code size {used}/{size}\n", vcpus, most)
+
+    assert free(0, CODE) == 15
+    assert [free(29875107, CODE), free(31947011, CODE), free(CODE, CODE)] == [1, 0, 0]
+    assert free(0, 256 * MIB) == 23
+    assert free(128 * MIB, 256 * MIB, vcpus=2) == 10
+    assert free(0, 4 * MIB) == 2
+    for told in ("", "gen code size a/b", "gen code size 1/0"):
+        with pytest.raises(PolyvisorError, match="can't be understood"):
+            free_regions(told, 1, 3)
 
 
 async def test_memory_grows_and_shrinks(machine: Machine, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ AGENT_PIPE = "run/agent"
 NESTED_CPU = "EPYC,-smap,-smep,-monitor,-rdtscp,+svm,+npt"
 # Below 16 MiB translation dominates (a boot takes 5 s instead of 3), above 32 nothing is gained.
 TCG_BUFFER_MIB = 32
+# No vCPU can be plugged in where it is nearly full (`resize.py`), so what may get one has more: a boot of `tiny` fills 90 MiB.
+GROWING_BUFFER_MIB = 256
 # It is what an emulated fork needs most memory for: of a guest's own it has some 5 MiB, and it translates everything anew.
 # Those that are many share the CPUs, and gain less from it.
 FORK_BUFFER_MIB, CROWD_BUFFER_MIB, CROWD = 16, 8, 16
@@ -94,8 +96,9 @@ def machine_argv(boot: Boot) -> list[str]:
     machine = "q35" if boot.firmware is Firmware.UEFI else "pc"
     accelerator = boot.accelerator
     if accelerator == "tcg":
+        size_mib = TCG_BUFFER_MIB if boot.vcpus == boot.resources.vcpus_max else GROWING_BUFFER_MIB
         # A guest that runs guests has more code than that: it gets QEMU's own choice.
-        accelerator += ",thread=multi" + ("" if boot.cpu == NESTED else f",tb-size={TCG_BUFFER_MIB}")
+        accelerator += ",thread=multi" + ("" if boot.cpu == NESTED else f",tb-size={size_mib}")
     return [
         *("-machine", f"{machine},usb=off,vmport=off,dump-guest-core=off"),
         *("-accel", accelerator),

@@ -424,8 +424,9 @@ class QemuDriver:
     async def set_vcpus(self, vm: VMDirectory, count: int) -> None:
         from polyvisor.drivers.qemu.resize import set_vcpus
 
+        launch = vm.launch()
         async with self._monitor(vm) as monitor:
-            await set_vcpus(monitor, count)
+            await set_vcpus(monitor, count, emulated=launch is not None and launch.hypervisor == "tcg")
 
     async def set_memory(self, vm: VMDirectory, memory_mib: int, *, wait: bool = True) -> None:
         from polyvisor.drivers.qemu.resize import ask_for_memory, set_memory

@@ -75,7 +75,7 @@ def fork_argv(argv: Sequence[str], machine: Machine, memory: int, fork: Fork) ->
             **_like(machine),
             "-name": lambda _: f"guest={fork.name},process={fork.name}",
             "-uuid": lambda _: fork.id,
-            "-accel": lambda value: _with_buffer(value, FORK_BUFFER_MIB if fork.together < CROWD else CROWD_BUFFER_MIB),
+            "-accel": _same if _can_grow(argv, machine) else _smaller_buffer(fork.together),
             "-netdev": _network(fork.nics),
             "-device": _address(fork.nics),
             "-kernel": _file(fork.kernel),
@@ -140,11 +140,22 @@ def memory_size(argv: Sequence[str]) -> str:
     return argv[argv.index("-m") + 1].removeprefix("size=")
 
 
+def _can_grow(argv: Sequence[str], machine: Machine) -> bool:
+    """Whether vCPUs can be plugged in, for which a buffer of translated code must not be full."""
+    counts = _counts(argv[argv.index("-smp") + 1])
+    return (machine.vcpus or counts["cpus"]) < counts["cores"]
+
+
+def _counts(value: str) -> dict[str, int]:
+    """What -smp says, as `smp` writes it."""
+    return {name: int(count) for name, count in (each.split("=") for each in value.split(","))}
+
+
 def _like(machine: Machine) -> dict[str, Change]:
     def _smp(value: str) -> str:
         if machine.vcpus is None:
             return value
-        return smp(machine.vcpus, int(dict(each.split("=") for each in value.split(","))["cores"]))
+        return smp(machine.vcpus, _counts(value)["cores"])
 
     def _machine(value: str) -> str:
         if value.startswith("pflash"):
@@ -183,9 +194,14 @@ def _file(path: Path | None) -> Change:
     return lambda value: value if path is None else str(path)
 
 
-def _with_buffer(value: str, size_mib: int) -> str:
-    """An accelerator, of whose translated code at most so much is kept at a time, where it keeps any."""
-    return re.sub(r"(?<=,tb-size=)[0-9]+", str(size_mib), value)
+def _smaller_buffer(together: int) -> Change:
+    """An accelerator that keeps less translated code at a time, where it keeps any, for so many forks that run at once."""
+    size_mib = FORK_BUFFER_MIB if together < CROWD else CROWD_BUFFER_MIB
+    return lambda value: re.sub(r"(?<=,tb-size=)[0-9]+", str(size_mib), value)
+
+
+def _same(value: str) -> str:
+    return value
 
 
 def _unplugged(value: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from typing import Any
 
@@ -21,6 +22,9 @@ UNPLUG_S = 15.0
 STATISTICS_S = 15.0
 BALLOON_S = 30.0  # without any progress
 RESERVE_MIB = 16  # what a guest keeps for itself when its memory shrinks
+TRANSLATOR_S = 5.0
+_REGION = 2 << 20
+_SPARE_REGIONS = 2  # one for the new vCPU, one that the others may take before it comes
 _POLL_S = 0.05
 _MIB = 1 << 20
 _BALLOON_PATH = f"/machine/peripheral/{BALLOON}"
@@ -66,15 +70,48 @@ async def usage(monitor: Monitor) -> Usage:
     return Usage(vcpus=sum(slot.path is not None for slot in slots), memory_mib=memory)
 
 
-async def set_vcpus(monitor: Monitor, count: int) -> None:
-    """Plug in or pull out vCPUs, always the next or the last, until there are `count`; raises TimedOut, QMPRefused."""
+async def set_vcpus(monitor: Monitor, count: int, *, emulated: bool) -> None:
+    """Plug in or pull out vCPUs, always the next or the last, until there are `count`.
+
+    Raises TimedOut, QMPRefused, and WrongState where it can't be done for now.
+    """
     slots = await _slots(monitor)
-    for slot in slots[:count]:
+    for number, slot in enumerate(slots[:count]):
         if slot.path is None:
+            if emulated:
+                await _until_translator_has_room(monitor, number, len(slots))
             await monitor.execute("device_add", driver=slot.type, id=slot.id, **dict(slot.place))
     for slot in reversed(slots[count:]):
         if slot.path is not None:
             await _pull_out(monitor, slot)
+
+
+async def _until_translator_has_room(monitor: Monitor, vcpus: int, most: int) -> None:
+    """Wait until an emulator with `vcpus` of `most` vCPUs can take another one; raises WrongState where that does not come.
+
+    A new vCPU begins with a region of its own in the buffer of translated code. Where none is left QEMU ends itself
+    ("tcg_region_initial_alloc__locked: assertion failed"). Once the buffer is full it is emptied, and all is well again.
+    """
+    deadline = time.monotonic() + TRANSLATOR_S
+    while free_regions(await monitor.human("info jit"), vcpus, most) < _SPARE_REGIONS:
+        if time.monotonic() > deadline:
+            hint = "try again when its guest has done more; or change it at rest"
+            raise WrongState("QEMU has no room for the code of another vCPU at this moment", hint=hint)
+        await asyncio.sleep(_POLL_S)
+
+
+def free_regions(told: str, vcpus: int, most: int) -> int:
+    """How many regions of the buffer of translated code are free for certain, from what `info jit` prints.
+
+    A region has 2 MiB or more; there are at least as many as there can be vCPUs, and at most eight times as many (QEMU's
+    tcg/region.c, tcg_n_regions). Each of `vcpus` is in the middle of one. Raises PolyvisorError.
+    """
+    found = re.search(r"^gen code size +([0-9]+)/([0-9]+)", told, re.MULTILINE)
+    if not found or not int(found[2]):
+        raise PolyvisorError("QEMU's word of its translated code can't be understood", hint="change the VM at rest")
+    used, size = int(found[1]), int(found[2])
+    regions = max(most, min(round(size / _REGION), most * 8))
+    return regions - min(regions, used * regions // size + vcpus)
 
 
 async def _pull_out(monitor: Monitor, slot: Slot) -> None:
