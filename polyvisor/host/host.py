@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from polyvisor.host.moves import require_settled
 from polyvisor.host.observed import status_of, waiting
 from polyvisor.host.record import Launch, Record, boot_id, devices_of, new_id
 from polyvisor.host.setup.wish import Wish
+from polyvisor.host.shutdown import shut_down
 from polyvisor.host.snapshotter import Snapshotter
 from polyvisor.host.store import FORKING, RENEWING, VMDirectory, VMStore, no_such_vm
 from polyvisor.images.image import Image
@@ -48,13 +49,10 @@ from polyvisor.status import (
     VMState,
     VMStatus,
 )
-from polyvisor.waiting import event_loop, pause
+from polyvisor.waiting import event_loop
 
 if TYPE_CHECKING:
     from polyvisor.storage.layers import LayerStore
-
-_POLL_S = 0.1
-_PRESS_AGAIN_S = 5.0  # a guest that answers by SSH may not have loaded yet what listens to its power button
 
 
 class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
@@ -308,36 +306,8 @@ class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
 
     async def _stop(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> None:
         if vm.alive() and timeout_s > 0:
-            await self._shut_down(vm, timeout_s, progress)
+            await shut_down(self, vm, timeout_s, progress)
         await self._end(vm)
-
-    async def _shut_down(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> bool:
-        """Press the power button and wait for the guest to end the VM; returns whether it has."""
-        began = time.monotonic()
-        observed = await self.drivers.of(vm).inspect(vm)
-        restoring = (vm.is_saved() and vm.is_restoring()) or vm.is_unborn()
-        if observed.state in (VMState.PAUSED, VMState.RUNNING) and not restoring:
-            await self._press_power_button(vm, observed.state)
-            again_s = _PRESS_AGAIN_S
-            while vm.alive() and (waited := time.monotonic() - began) < timeout_s:
-                progress(Step("shutting down", int(waited), int(timeout_s), "s"))
-                await pause(_POLL_S)
-                if waited > again_s:
-                    again_s = waited + _PRESS_AGAIN_S
-                    with suppress(PolyvisorError):  # a guest on its way down need not listen
-                        await self._press_power_button(vm, VMState.RUNNING)
-        return not vm.alive()
-
-    async def _press_power_button(self, vm: VMDirectory, state: VMState) -> None:
-        try:
-            if state is VMState.PAUSED:
-                self._let_run(vm)
-                await self.drivers.of(vm).resume(vm)
-            await self.drivers.of(vm).shutdown(vm)
-        except PolyvisorError:
-            await pause(_POLL_S)
-            if vm.alive():  # or it has ended on its own meanwhile
-                raise
 
     async def kill(self, name: str) -> VMStatus:
         async with self._locked(name, "kill") as vm:
@@ -359,7 +329,7 @@ class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
 
     async def _boot_anew(self, vm: VMDirectory, timeout_s: float, progress: Progress) -> VMStatus:
         """Stop a VM and start it; raises TimedOut where its guest does not shut down, which then is left as it is."""
-        if timeout_s and not await self._shut_down(vm, timeout_s, progress):
+        if timeout_s and not await shut_down(self, vm, timeout_s, progress):
             problem = f"the guest of VM '{vm.name}' did not shut down"
             raise TimedOut(problem, hint="it may ignore the power button; use --force to press reset")
         await self._end(vm)

@@ -196,7 +196,8 @@ async def _carry(source: HostApi, target: HostApi, cargo: Cargo, move: Move, pro
     lost_at: float | None = None
     while True:
         try:
-            return await target.arrive(chunks)
+            await target.arrive(chunks)
+            return progress(Step("moving", cargo.data_bytes, cargo.data_bytes, "B"))  # it was no more than that
         except ConnectionLost:
             lost_at = lost_at or time.monotonic()
             # A host by SSH has tried for long enough by itself.

@@ -71,6 +71,7 @@ ON_KVM = {
     "test_vcpus_are_added_and_removed_while_the_guest_runs",
     "test_a_saved_vm_goes_on_where_it_was",
     "test_what_can_not_be_forked",
+    "test_a_paused_vm_and_its_forks_are_paused",
     "test_disks_of_a_running_vm",
 }
 # Whole modules that are run when all is asked for.
