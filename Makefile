@@ -8,7 +8,7 @@ UV = $$(command -v uv || echo .venv-tools/bin/uv)
 help:
 	@echo 'make demo      set up what is missing, then start a virtual machine and log in to it'
 	@echo 'make test      set up what is missing, then check and test everything that runs on this machine itself'
-	@echo 'make test-lab  the same for the tests on real KVM and real Xen hosts, inside emulation (half an hour)'
+	@echo 'make test-lab  the same for what takes long: real KVM and real Xen hosts, inside emulation, and Debian guests (half an hour)'
 	@echo 'make check     formatting, lint and types only'
 	@echo 'make bench     set up what is missing, then compare with bare QEMU and libvirt (under 15 minutes)'
 	@echo 'make format    format the code'
@@ -25,7 +25,7 @@ test:
 	@sh scripts/setup.sh test
 	@$(MAKE) --no-print-directory check
 	$(UV) run pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/lab
-	@echo 'Not run here: the tests on real KVM and real Xen hosts, which take half an hour: make test-lab'
+	@echo 'Not run here: the tests on real KVM and real Xen hosts and with Debian guests, which take half an hour: make test-lab'
 
 # One host at a time, more or less: on a busy machine emulated guests meet time limits that real ones don't.
 test-lab:

@@ -23,6 +23,7 @@ from polyvisor.images.image import Image
 from polyvisor.images.store import ImageStore
 from tests import contract_report
 from tests.sshd import Server, serving
+from tests.still import add_still
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,6 +70,12 @@ def tiny(cache: Path, image_store: ImageStore) -> Image:
 
 
 @pytest.fixture(scope="session")
+def still(image_store: ImageStore, tiny: Image) -> Image:
+    """The image `still`, whose guest does nothing."""
+    return add_still(image_store, tiny)
+
+
+@pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """An sshd that lets this user in, through loopback."""
     with serving(tmp_path_factory.mktemp("sshd")) as server:
@@ -97,8 +104,8 @@ def empty_home() -> Iterator[Home]:
 
 
 @pytest.fixture
-def home(empty_home: Home, tiny: Image, image_store: ImageStore) -> Home:
-    """A home whose image store has `tiny`."""
+def home(empty_home: Home, tiny: Image, still: Image, image_store: ImageStore) -> Home:
+    """A home whose image store has `tiny` and `still`."""
     empty_home.images.rmdir()
     empty_home.images.symlink_to(image_store.path)
     return empty_home

@@ -36,7 +36,7 @@ from tests.thorough import EVERY
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
-RUN = ("run", "tiny", "--name", "vm", "--disk", "1G")
+RUN = ("run", "still", "--name", "vm", "--disk", "1G")
 WORKERS = 2
 SENSIBLE = {"running", "paused", "saved", "stopped", "crashed"}
 MARKER = "0x5a"
@@ -143,7 +143,7 @@ def remove(launcher: Polyvisor | Launcher) -> None:
 
 def create(launcher: Launcher) -> None:
     """A new VM, with something on its disk."""
-    asyncio.run(launcher.host().create(VMSpec(name="vm", image="tiny", disks=(Disk(size_gib=1),))))
+    asyncio.run(launcher.host().create(VMSpec(name="vm", image="still", disks=(Disk(size_gib=1),))))
     mark(launcher)
 
 
@@ -551,7 +551,7 @@ def test_killed_at_any_moment(polyvisor: Polyvisor, seed: int) -> None:
 
 def test_guest_shuts_down_though_stop_is_killed(polyvisor: Polyvisor) -> None:
     """`stop` by the power button, killed while it waits; what the guest wrote is on the disk."""
-    polyvisor.good(*RUN, "--wait", "--timeout", "120")
+    polyvisor.good("run", "tiny", *RUN[2:], "--wait", "--timeout", "120")
     write = "tr '\\0' Z </dev/zero | dd of=/dev/vda bs=64k count=1 seek=16 iflag=fullblock && sync"
     polyvisor.good("exec", "vm", "--", "sh", "-c", write)
     process = polyvisor.start("stop", "vm")

@@ -25,7 +25,7 @@ KILL_S = 10.0
 @pytest.fixture
 def vm(polyvisor: Polyvisor) -> str:
     """The name of a VM that runs."""
-    polyvisor.good("run", "tiny", "--name", "vm", "--disk", "1G")
+    polyvisor.good("run", "still", "--name", "vm", "--disk", "1G")
     return "vm"
 
 
@@ -74,7 +74,7 @@ def test_crashed_is_removed_and_run_again(polyvisor: Polyvisor, vm: str) -> None
     pid = polyvisor.pid(vm)
     os.kill(pid, signal.SIGKILL)
     wait_until_gone(pid)
-    assert polyvisor.good("run", "tiny", "--name", vm, "--disk", "1G", "--json").json()["state"] == "running"
+    assert polyvisor.good("run", "still", "--name", vm, "--disk", "1G", "--json").json()["state"] == "running"
     pid = polyvisor.pid(vm)
     os.kill(pid, signal.SIGKILL)
     wait_until_gone(pid)

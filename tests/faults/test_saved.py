@@ -22,7 +22,7 @@ pytestmark = pytest.mark.qemu
 @pytest.fixture
 def saved(polyvisor: Polyvisor) -> Path:
     """The directory in which a VM is saved."""
-    polyvisor.good("run", "tiny", "--name", "vm", "--disk", "1G")
+    polyvisor.good("run", "still", "--name", "vm", "--disk", "1G")
     polyvisor.good("save", "vm")
     return polyvisor.home / "vms/vm/saved"
 

@@ -32,7 +32,7 @@ __all__ = ["launchers"]
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
 EVERY = 1 if THOROUGH else 29
-SPEC = VMSpec(name="vm", image="tiny", disks=(Disk(size_gib=1),))
+SPEC = VMSpec(name="vm", image="still", disks=(Disk(size_gib=1),))
 
 
 def host(launcher: Launcher) -> Host:

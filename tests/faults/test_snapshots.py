@@ -19,7 +19,7 @@ pytestmark = pytest.mark.qemu
 @pytest.fixture
 def kept(polyvisor: Polyvisor) -> Path:
     """The directory of a snapshot with memory; the VM runs."""
-    polyvisor.good("run", "tiny", "--name", "vm", "--disk", "1G")
+    polyvisor.good("run", "still", "--name", "vm", "--disk", "1G")
     made = polyvisor.good("snapshot", "create", "vm", "--name", "a", "--description", "für alle", "--json").json()
     assert (made["name"], made["description"], made["current"]) == ("a", "für alle", True)
     return polyvisor.home / "vms/vm/snapshots/a"

@@ -1,4 +1,4 @@
-"""The lab that its tests share: brought up once, kept saved between runs of the tests, left out where it can't be.
+"""The lab that most tests here share: brought up once, kept saved between runs of the tests, left out where it can't be.
 
 `make test-lab` runs them by themselves: emulated hosts are slow enough without neighbours. Where this machine
 can't have a lab, or not within LIMIT_S, the tests are skipped with the reason, which pytest lists at its end.
