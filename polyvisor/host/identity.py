@@ -1,12 +1,14 @@
 """Telling the guest of a fork, which believes to be another VM, who it is: name, keys, random numbers, time.
 
-One line on the guest's second serial port, for the agent that images of ours have (images/data/tiny/agent, and debian's). It
-answers when it is done. Until then the file `renewing` in the VM's directory says that the answer is awaited, and to what:
+Two lines on the guest's second serial port, for the agent that images of ours have (images/data/debian/…/agent, tiny's too).
+It answers when it is done. Until then the file `renewing` in the VM's directory says that the answer is awaited, and to what:
 
+    polyvisor-seed HEX
     polyvisor-identity 1 id=UUID name=NAME time=SECONDS seed=HEX macs=OLD/NEW,… dropbear=OCTAL openssh=OCTAL
     polyvisor-renewed UUID
 
-`seed` is for the kernel's random numbers; `dropbear` and `openssh` are the new host key in the formats of the two servers;
+`seed` is for the kernel's random numbers, which are those of the source until then: so it comes by itself before all the rest,
+and once more for agents that do not know that. `dropbear` and `openssh` are the new host key in the formats of the two servers;
 `macs` are the addresses that cards on shared networks change from and to.
 """
 
@@ -32,8 +34,8 @@ from polyvisor.waiting import pause
 
 _POLL_S = 0.05
 # What the serial port took in before it got the source's state is lost, and each time that the guest's driver resets it: as
-# much as its FIFO holds.
-_PADDING = b"\n" * 256
+# much as its FIFO holds. To a shell that reads lines, spaces are less work than lines.
+_PADDING = b" " * 255 + b"\n"
 # A guest that was copied while it booted may have lost what it was told even so.
 _AGAIN_S = 10.0
 _SEED_BYTES = 32
@@ -57,7 +59,7 @@ def message(record: Record, source: Record, key: HostKey | None, now: float, see
     elif key is not None:
         words["openssh"] = _octal(key.private.encode())
     line = " ".join(f"{word}={value}" for word, value in words.items())
-    return _PADDING + f"polyvisor-identity 1 {line}\n".encode()
+    return _PADDING + f"polyvisor-seed {words['seed']}\npolyvisor-identity 1 {line}\n".encode()
 
 
 def _octal(data: bytes) -> str:

@@ -37,7 +37,7 @@ from tests.thorough import EVERY, THOROUGH, usually
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-SPEC = VMSpec(name="vm", image="tiny", disks=(Disk(size_gib=1),))
+SPEC = VMSpec(name="vm", image="still", disks=(Disk(size_gib=1),))
 MARK = "0x5a"
 
 

@@ -134,16 +134,18 @@ class TestPipes:
 
 class TestMessage:
     def words(self, message: bytes) -> dict[str, str]:
-        line = message.decode().strip("\n")
+        line = message.decode().splitlines()[-1]
         what, version, *words = line.split(" ")
         assert (what, version) == ("polyvisor-identity", "1")
         return dict(word.split("=", 1) for word in words)
 
-    def test_it_is_one_line_after_what_gets_lost(self) -> None:
+    def test_its_lines_come_after_what_gets_lost(self) -> None:
         message = identity.message(record(), record(OTHER), None, 0)
-        assert message.startswith(b"\n" * 16), "what the serial port's FIFO holds"
+        assert message.startswith(b" " * 16), "what the serial port's FIFO holds"
         assert message.endswith(b"\n")
-        assert message.strip(b"\n").count(b"\n") == 0
+        blank, first, _ = message.decode().splitlines()
+        assert blank.strip() == ""
+        assert first == f"polyvisor-seed {self.words(message)['seed']}", "random numbers wait for nothing"
 
     def test_its_words(self) -> None:
         words = self.words(identity.message(record(), record(OTHER, "web-1"), None, 1234567890.9))

@@ -42,7 +42,7 @@ def compare(environment: dict[str, str], *words: str) -> subprocess.CompletedPro
 
 def test_a_quick_comparison_with_the_host_itself(environment: dict[str, str], tmp_path: Path, home: Home) -> None:
     file = tmp_path / "raw.json"
-    targets = ["--targets", "tcg,native", "--runs", "2", "--warmups", "0"]
+    targets = ["--targets", "tcg,native", "--runs", "1", "--warmups", "0"]
     done = compare(environment, "--quick", *targets, "-o", str(file), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
