@@ -19,8 +19,8 @@ from bench.harness import Failed, Finding, Report, ratio, since, take_turns, tel
 from bench.libvirt import PREFIX, Libvirt, domain
 from bench.product import READY, Polyvisor
 from polyvisor.drivers.qemu.programs import find_binary
+from polyvisor.errors import PolyvisorError
 from polyvisor.host.host import Host
-from polyvisor.host.inside import ssh_answers
 from polyvisor.images.store import ImageStore
 from polyvisor.spec.vm import VMSpec
 
@@ -108,7 +108,12 @@ class Forks:
 
         async def one(name: str) -> bool:
             async with turns:
-                return await ssh_answers(await self.host.ssh_target(name), 60)
+                try:
+                    await self.host.wait_for_ssh(name, timeout_s=60)
+                except PolyvisorError as error:
+                    tell(f"{name} does not answer: {error}")
+                    return False
+                return True
 
         return float(sum(await asyncio.gather(*map(one, names))))
 
