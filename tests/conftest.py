@@ -106,9 +106,14 @@ def empty_home() -> Iterator[Home]:
 @pytest.fixture
 def home(empty_home: Home, tiny: Image, still: Image, image_store: ImageStore) -> Home:
     """A home whose image store has `tiny` and `still`."""
-    empty_home.images.rmdir()
-    empty_home.images.symlink_to(image_store.path)
+    with_images(empty_home, image_store)
     return empty_home
+
+
+def with_images(home: Home, store: ImageStore) -> None:
+    """Let a home, which has no images of its own, have those of `store`."""
+    home.images.rmdir()
+    home.images.symlink_to(store.path)
 
 
 @pytest.fixture

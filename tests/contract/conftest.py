@@ -6,8 +6,11 @@ parameter of `api`, and has to pass all of them.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,16 @@ import pytest
 from polyvisor.home import Home
 from polyvisor.host.api import HostApi
 from polyvisor.host.host import Host
+from polyvisor.images.image import Image
+from polyvisor.images.store import ImageStore
 from polyvisor.remote.host import RemoteHost
 from polyvisor.spec.vm import VMSpec
+from tests.conftest import temporary_home, with_images
 from tests.contract.guest import BOOT_S
 from tests.sshd import Server
 from tests.thorough import THOROUGH
 
+TEMPLATE = "booted"
 _numbers = itertools.count(1)
 
 
@@ -58,7 +65,28 @@ async def running(api: HostApi, spec: VMSpec) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def booted(api: HostApi, running: str) -> str:
-    """The name of a VM whose guest answers over SSH."""
-    await api.wait_for_ssh(running, timeout_s=BOOT_S)
-    return running
+async def booted(api: HostApi, spec: VMSpec, home: Home, nursery: Home) -> AsyncIterator[str]:
+    """The name of a VM whose guest answers over SSH. It begins from a template, which takes a second instead of ten."""
+    shutil.copytree(nursery.templates, home.templates, copy_function=os.link)
+    shutil.copytree(nursery.keys, home.keys, dirs_exist_ok=True)  # the guest lets nobody else in
+    await api.run_from(TEMPLATE, [spec.name])
+    await api.template_remove(TEMPLATE)
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    yield spec.name
+    await api.remove(spec.name, force=True)
+
+
+@pytest.fixture(scope="session")
+def nursery(tiny: Image, image_store: ImageStore) -> Iterator[Home]:
+    """A home with a template of a VM like `named` whose guest has booted."""
+
+    async def make(host: Host) -> None:
+        await host.run(made := named())
+        await host.wait_for_ssh(made.name, timeout_s=BOOT_S)
+        await host.template_create(TEMPLATE, made.name)
+        await host.remove(made.name, force=True)
+
+    with temporary_home() as home:
+        with_images(home, image_store)
+        asyncio.run(make(Host(home)))
+        yield home

@@ -33,11 +33,12 @@ from polyvisor.remote.host import RemoteHost
 from polyvisor.remote.transfer import copy_image
 from polyvisor.spec.vm import Mode
 from polyvisor.ssh import execute
-from tests.contract.conftest import booted, running, spec
+from tests.contract.conftest import running, spec
+from tests.contract.guest import BOOT_S
 from tests.lab.emulation import allow_reruns, pytest_fixture_setup, pytest_pyfunc_call, unwatch, watch
 from tests.thorough import exhaustive
 
-__all__ = ["booted", "pytest_fixture_setup", "pytest_pyfunc_call", "running", "spec"]
+__all__ = ["pytest_fixture_setup", "pytest_pyfunc_call", "running", "spec"]
 
 LIMIT_S = 20 * 60
 NEEDED_MEMORY_MIB = 9 * 1024
@@ -246,3 +247,10 @@ async def api(lab: Lab, client: Home, homes: str, host_name: str) -> AsyncIterat
     for status in await remote.vms():
         await remote.remove(status.name, force=True)
     await remote.close()
+
+
+@pytest.fixture
+async def booted(api: HostApi, running: str) -> str:
+    """The name of a VM whose guest answers over SSH."""
+    await api.wait_for_ssh(running, timeout_s=BOOT_S)
+    return running
