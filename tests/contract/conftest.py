@@ -7,6 +7,7 @@ parameter of `api`, and has to pass all of them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from polyvisor.errors import NotFound
 from polyvisor.home import Home
 from polyvisor.host.api import HostApi
 from polyvisor.host.host import Host
@@ -61,7 +63,8 @@ async def running(api: HostApi, spec: VMSpec) -> AsyncIterator[str]:
     """The name of a VM that has just been started; its guest is still booting."""
     await api.run(spec)
     yield spec.name
-    await api.remove(spec.name, force=True)
+    with contextlib.suppress(NotFound):  # a test may have removed it
+        await api.remove(spec.name, force=True)
 
 
 @pytest.fixture
@@ -73,7 +76,8 @@ async def booted(api: HostApi, spec: VMSpec, home: Home, nursery: Home) -> Async
     await api.template_remove(TEMPLATE)
     await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
     yield spec.name
-    await api.remove(spec.name, force=True)
+    with contextlib.suppress(NotFound):  # a test may have removed it
+        await api.remove(spec.name, force=True)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ async def test_pause_and_resume(api: HostApi, running: str) -> None:
         assert (await api.resume(running)).state is VMState.RUNNING
 
 
+@pytest.mark.inside
 async def test_a_paused_guest_stands_still(api: HostApi, booted: str) -> None:
     began, up_before = time.monotonic(), float(await guest(api, booted, "cut -d' ' -f1 /proc/uptime"))
     await api.pause(booted)
@@ -110,6 +111,7 @@ async def test_show_tells_all(api: HostApi, running: str, spec: VMSpec) -> None:
     assert details.status.started_at is not None
 
 
+@pytest.mark.inside
 async def test_what_the_guest_gets_is_what_was_asked_for(api: HostApi, spec: VMSpec) -> None:
     wanted = dataclasses.replace(
         spec,

@@ -175,16 +175,57 @@ async def test_building_again_gives_the_same_image(built: Built, cache: Path, tm
     assert {"index", "unpack", "pack"} <= {step.phase for step in steps}
 
 
-async def test_login_by_ssh_shows_who_the_vm_is(built: Built, tmp_path: Path) -> None:
-    async with booted(built, tmp_path) as guest:
-        shown = (await guest.ssh("hostname; id -un; . /etc/os-release; echo $NAME; uname -s; nproc")).stdout
-        assert shown.split("\n")[:5] == ["web-1", "root", "Polyvisor tiny", "Linux", "1"]
-        network = (await guest.ssh("ip -4 -o addr show eth0; ip route; cat /etc/resolv.conf")).stdout
-        assert "10.0.2.15/24" in network
-        assert "default via 10.0.2.2" in network
-        assert "nameserver 10.0.2.3" in network
-        stranger = await guest.ssh("true", key=False, check=False)
-        assert "Permission denied (publickey)" in stranger.stderr
+async def test_a_guest_from_its_first_word_to_its_power_button(built: Built, tmp_path: Path) -> None:
+    """One guest, since each takes a while to boot: its identity, its ways in, files in both directions, its end."""
+    script = "#!/bin/sh\nhostname >/root/made-by-user-data\nexit 3\n"
+    key = await _host_key(tmp_path)
+    async with booted(built, tmp_path, user_data=script, host_key=key) as guest:
+        assert await guest.scanned() == key.public
+        await _who_it_is(guest)
+        await guest.says("polyvisor: user-data ended with status 3")
+        assert (await guest.ssh("cat /root/made-by-user-data")).stdout == "web-1\n"
+        await _files_both_ways(guest, tmp_path)
+        await _login_on_the_console(guest)
+        await guest.qmp("system_powerdown")
+        assert await guest.ends() < 20
+
+
+async def _host_key(directory: Path) -> HostKey:
+    path = directory / "host_key"
+    await run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(path)])
+    return HostKey(private=path.read_text(), public=path.with_suffix(".pub").read_text().strip())
+
+
+async def _who_it_is(guest: Guest) -> None:
+    shown = (await guest.ssh("hostname; id -un; . /etc/os-release; echo $NAME; uname -s; nproc")).stdout
+    assert shown.split("\n")[:5] == ["web-1", "root", "Polyvisor tiny", "Linux", "1"]
+    network = (await guest.ssh("ip -4 -o addr show eth0; ip route; cat /etc/resolv.conf")).stdout
+    assert "10.0.2.15/24" in network
+    assert "default via 10.0.2.2" in network
+    assert "nameserver 10.0.2.3" in network
+    stranger = await guest.ssh("true", key=False, check=False)
+    assert "Permission denied (publickey)" in stranger.stderr
+
+
+async def _files_both_ways(guest: Guest, directory: Path) -> None:
+    """By SFTP and by the old protocol."""
+    source = directory / "source"
+    source.write_bytes(os.urandom(300_000))
+    for mode in ("-s", "-O"):
+        back = directory / f"back{mode}"
+        await guest.scp(mode, str(source), "root@127.0.0.1:/tmp/copy")
+        await guest.scp(mode, "root@127.0.0.1:/tmp/copy", str(back))
+        assert back.read_bytes() == source.read_bytes()
+        await guest.ssh("rm /tmp/copy")
+
+
+async def _login_on_the_console(guest: Guest) -> None:
+    """Without a password."""
+    await guest.says("web-1 login:")
+    guest.type("root\n")
+    await guest.says("root@web-1:~#")
+    guest.type("echo $((6*7)) is the answer\n")
+    await guest.says("42 is the answer")
 
 
 @pytest.mark.parametrize(("machine", "nic"), [("q35", "virtio-net-pci"), ("pc", "vmxnet3")])
@@ -193,43 +234,16 @@ async def test_other_machines(built: Built, tmp_path: Path, machine: str, nic: s
         assert (await guest.ssh("hostname")).stdout == "web-1\n"
 
 
-async def test_the_host_key_is_the_one_that_it_is_given(built: Built, tmp_path: Path) -> None:
-    path = tmp_path / "host_key"
-    await run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(path)])
-    key = HostKey(private=path.read_text(), public=path.with_suffix(".pub").read_text().strip())
-    async with booted(built, tmp_path, host_key=key) as guest:
-        assert await guest.scanned() == key.public
-
-
-async def test_without_one_it_makes_its_own_host_key(built: Built, tmp_path: Path) -> None:
-    async with booted(built, tmp_path) as guest:
+async def test_what_it_has_not_been_given(built: Built, tmp_path: Path) -> None:
+    """Without a host key it makes its own; what it is told to do and can't it ignores aloud."""
+    async with booted(built, tmp_path, user_data="#cloud-config\npackages: [vim]\n") as guest:
+        await guest.says("user-data is not a script (#!): ignored")
         assert (await guest.scanned()).startswith("ssh-ed25519 ")
 
 
-async def test_copying_files_both_ways_by_sftp_and_by_the_old_protocol(built: Built, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(300_000))
-    async with booted(built, tmp_path) as guest:
-        for mode in ("-s", "-O"):
-            back = tmp_path / f"back{mode}"
-            await guest.scp(mode, str(source), "root@127.0.0.1:/tmp/copy")
-            await guest.scp(mode, "root@127.0.0.1:/tmp/copy", str(back))
-            assert back.read_bytes() == source.read_bytes()
-            await guest.ssh("rm /tmp/copy")
-
-
-async def test_login_on_the_console_without_a_password(built: Built, tmp_path: Path) -> None:
-    async with booted(built, tmp_path) as guest:
-        await guest.says("web-1 login:")
-        guest.type("root\n")
-        await guest.says("root@web-1:~#")
-        guest.type("echo $((6*7)) is the answer\n")
-        await guest.says("42 is the answer")
-
-
-async def test_the_power_button_powers_it_off(built: Built, tmp_path: Path) -> None:
-    """Pressed in the very moment that it says that it is ready."""
-    async with booted(built, tmp_path) as guest:
+async def test_the_power_button_powers_it_off_from_its_first_moment(built: Built, tmp_path: Path) -> None:
+    """Pressed as it says that it is ready."""
+    async with booted(built, tmp_path, memory_mib=112) as guest:  # less than it asks for, too
         await guest.qmp("system_powerdown")
         assert await guest.ends() < 20
 
@@ -241,18 +255,6 @@ async def test_reboot_comes_back_and_poweroff_ends_it(built: Built, tmp_path: Pa
         assert (await guest.ssh("hostname")).stdout == "web-1\n"
         await guest.ssh("poweroff")
         await guest.ends()
-
-
-async def test_a_script_as_user_data_runs_once_it_is_ready(built: Built, tmp_path: Path) -> None:
-    script = "#!/bin/sh\nhostname >/root/made-by-user-data\nexit 3\n"
-    async with booted(built, tmp_path, user_data=script) as guest:
-        await guest.says("polyvisor: user-data ended with status 3")
-        assert (await guest.ssh("cat /root/made-by-user-data")).stdout == "web-1\n"
-
-
-async def test_cloud_config_as_user_data_is_ignored_aloud(built: Built, tmp_path: Path) -> None:
-    async with booted(built, tmp_path, user_data="#cloud-config\npackages: [vim]\n") as guest:
-        await guest.says("user-data is not a script (#!): ignored")
 
 
 @pytest.mark.parametrize(
@@ -288,11 +290,6 @@ async def test_its_kernel_and_initramfs_can_be_inspected(built: Built) -> None:
 async def test_without_a_network_it_is_ready_all_the_same(built: Built, tmp_path: Path) -> None:
     async with booted(built, tmp_path, "-device", "virtio-rng-pci") as guest:
         await guest.says("web-1 login:")
-
-
-async def test_it_fits_into_less_memory_than_it_asks_for(built: Built, tmp_path: Path) -> None:
-    async with booted(built, tmp_path, memory_mib=112) as guest:
-        assert (await guest.ssh("hostname")).stdout == "web-1\n"
 
 
 def test_the_tools_of_these_tests_are_there() -> None:
