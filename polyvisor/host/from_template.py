@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyvisor.drivers.base import Template
 from polyvisor.drivers.qemu.agent import tell
 from polyvisor.drivers.qemu.fork import seal, sealed
+from polyvisor.drivers.qemu.vm_process import lock_holders, pid_of
 from polyvisor.errors import PolyvisorError
 from polyvisor.files import storage_errors, sync_directory, write_atomic
 from polyvisor.host import fork, identity
@@ -132,7 +132,7 @@ async def _take(host: Host, place: VMDirectory, name: str, undo: AsyncExitStack)
 
 async def _open(host: Host, place: VMDirectory, note: Note, held: AsyncExitStack, progress: Progress) -> Source:
     """The template as something to fork from; its open files are closed with `held`."""
-    memory = await _shared(host, place, note)
+    memory = _shared(host, place, note)
     if memory is None:
         memory = await asyncio.to_thread(_load, place, note, progress)
     held.callback(os.close, memory)
@@ -168,10 +168,11 @@ def _load(place: VMDirectory, note: Note, progress: Progress) -> int:
     return memory
 
 
-async def _shared(host: Host, place: VMDirectory, note: Note) -> int | None:
+def _shared(host: Host, place: VMDirectory, note: Note) -> int | None:
     """The file in memory that VMs which began from the template have, where there is one.
 
-    A guest may have broken out of its QEMU, and what that shows here be another file: it must be the very one, and sealed.
+    A guest may have broken out of its QEMU, and what that shows here be another file: it must be the very one, and sealed. So
+    it does not matter either whose process is looked at.
     """
     try:
         boot, inode = (place.path / INODE).read_text().split()
@@ -183,22 +184,39 @@ async def _shared(host: Host, place: VMDirectory, note: Note) -> int | None:
     for vm in every:
         if template_of(vm) != note.id or not vm.alive():
             continue
-        pid = (await host.drivers.qemu.inspect(vm)).pid
-        if pid is not None and (found := _file_of(pid, note.id, int(inode))) is not None:
-            return found
+        for pid in _processes(vm):
+            if (found := _file_of(pid, note.id, int(inode))) is not None:
+                return found
     return None
+
+
+def _processes(vm: VMDirectory) -> list[int]:
+    """The processes that may be that of a VM which is alive: the one in its pid file, or, where none is, who holds its lock."""
+    if (pid := pid_of(vm)) is not None:
+        return [pid]
+    with contextlib.suppress(FileNotFoundError):
+        return lock_holders(vm)
+    return []
 
 
 def _file_of(pid: int, template_id: str, inode: int) -> int | None:
+    """The file of a template that a process has open, opened again; `pid` may be any number."""
     wanted = re.compile(rf"/memfd:{_MEMFD}{template_id}\b")
     with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
-            if wanted.match(str(Path(entry.path).readlink())) and entry.stat().st_ino == inode:
+            if wanted.match(os.readlink(entry.path)) and entry.stat().st_ino == inode:  # noqa: PTH115 - quicker
                 fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-                if os.fstat(fd).st_ino == inode and sealed(fd):
+                if _is_sealed(fd, inode):
                     return fd
                 os.close(fd)
     return None
+
+
+def _is_sealed(fd: int, inode: int) -> bool:
+    try:
+        return os.fstat(fd).st_ino == inode and sealed(fd)
+    except OSError:  # no file in memory
+        return False
 
 
 def _free_names(host: Host, place: VMDirectory, note: Note, number: int, besides: Sequence[str] = ()) -> list[str]:
