@@ -153,6 +153,32 @@ def test_a_detached_program_is_alone(tmp_path: Path) -> None:
     assert os.getsid(0) != process.pid
 
 
+CREDENTIALS = "grep -E '^(Uid|Gid|Groups|Cap[IPEA])' /proc/self/status; umask; pwd; ls /proc/self/fd | grep -x {}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts programs as others")
+@pytest.mark.parametrize("groups", [[], [44, 1_900_000_001]])
+@pytest.mark.parametrize("tool", [True, False])
+def test_a_detached_program_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: list[int], tool: bool
+) -> None:
+    """It has that user and group, the groups named alone, and none of root's rights, in whichever way it is started."""
+    if not tool:
+        monkeypatch.setattr("polyvisor.process.which", lambda *_: None)
+    user = 1_900_000_000
+    with (tmp_path / "log").open("wb") as log, (tmp_path / "kept").open("wb") as file:
+        kept = file.fileno()
+        argv = sh(CREDENTIALS.format(kept))
+        process = spawn_detached(argv, cwd=tmp_path, output=log, inherit=[kept], user=user, groups=groups)
+        assert process.wait(10) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    said = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines if ":" in line}
+    assert said["Uid"] == said["Gid"] == [str(user)] * 4
+    assert said["Groups"] == [str(group) for group in groups]
+    assert [int(said[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0] * 4
+    assert lines[-3:] == ["0077", str(tmp_path), str(kept)]
+
+
 def test_programs_are_found_as_a_shell_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for place in first, second:
