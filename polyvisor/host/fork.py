@@ -206,7 +206,7 @@ async def begin(
         kernel, initrd = await asyncio.to_thread(_shared_files, host, source)
     alone = go and len(names) == 1
     turns = asyncio.Semaphore((os.cpu_count() or 1) + 1)
-    async with AsyncExitStack() as undo:
+    async with Reserve(host.home.keys) as reserve, AsyncExitStack() as undo:
         made = await _together([one(name) for name in names])
         forks = [fork for fork, _ in made]
         if go and not alone:
@@ -215,6 +215,8 @@ async def begin(
             await _together([host.drivers.qemu.resume(fork) for fork in forks])
             made = [(fork, replace(observed, state=VMState.RUNNING)) for fork, observed in made]
         begun_at = time.monotonic()
+        if len(names) == 1:  # many don't wait for one another's keys
+            reserve.begin()
         if alone or not go:
             await asyncio.to_thread(_make_durable, host, forks)
         undo.pop_all()
@@ -347,10 +349,7 @@ async def start(
         )
         return await driver.fork(fork, command, record.user, source.template, told, born, go=go)
 
-    async with Reserve(host.home.keys) as reserve:
-        if together == 1:  # many don't wait for one another's keys
-            reserve.begin()
-        return await with_free_ports(launch)
+    return await with_free_ports(launch)
 
 
 def _shared_files(host: Host, source: Source) -> tuple[Path | None, Path | None]:
