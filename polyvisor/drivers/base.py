@@ -293,14 +293,16 @@ class Driver(Protocol):
         command: Command,
         user: int | None,
         template: Template,
-        told: bytes,
+        affinity: str,
+        meanwhile: Callable[[], bytes],
         born: Callable[[], None],
         *,
         go: bool,
     ) -> Observed:
-        """Run a `fork_command`, and call `born` once it has all of the memory; with `go` the vCPUs are let go then.
+        """Run a `fork_command` on the CPUs of `affinity`, and call `born` once it has all of the memory.
 
-        Its guest finds what it is `told` as soon as it goes on. Raises CannotStart.
+        With `go` it runs then. `meanwhile` is called when its process has begun, and says what its guest is to be told, who
+        finds that as soon as it goes on. Raises CannotStart, and what the two raise; then there is no process.
         """
 
     async def attached(self, vm: VMDirectory) -> frozenset[str]:

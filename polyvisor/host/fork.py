@@ -41,6 +41,7 @@ from polyvisor.images.image import Image, Seed
 from polyvisor.images.mapped import mapped_kernel
 from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
+from polyvisor.spec.cpus import ALL_CPUS
 from polyvisor.spec.forward import parse_forward
 from polyvisor.spec.vm import Mode, Nic, VMSpec
 from polyvisor.status import Forked, VMState, VMStatus
@@ -319,7 +320,7 @@ async def start(
     `kernel` and `initrd` are what the guest boots by from then on, where they are not its own.
     """
     driver, record = host.drivers.qemu, fork.record
-    told, born = (b"", _nothing) if warm else (_told(source, fork), _born(fork))
+    affinity = source.launch.resources.cpu_affinity if source.launch.resources else ALL_CPUS
 
     async def launch() -> Observed:
         nics = boot_nics(record, None, str(host.home.path))
@@ -334,20 +335,26 @@ async def start(
             seed=FORK_SEED if initrd else None,
         )
         command = await driver.fork_command(source.launch, source.template, wanted)
-        fork.write_launch(
-            replace(
-                source.launch,
-                started_at=time.time(),
-                boot_id=boot_id(),
-                reason=f"forked from {source.vm.name}: {source.launch.reason}",
-                version=command.version,
-                argv=command.argv,
-                forwards=tuple(forward for nic in nics for forward in nic.forwards),
-                template=source.id,
-            ),
-            durable=False,
-        )
-        return await driver.fork(fork, command, record.user, source.template, told, born, go=go)
+
+        def meanwhile() -> bytes:
+            """What its process need not wait for; where we are killed before, the file `unborn` says enough."""
+            fork.write_launch(
+                replace(
+                    source.launch,
+                    started_at=time.time(),
+                    boot_id=boot_id(),
+                    reason=f"forked from {source.vm.name}: {source.launch.reason}",
+                    version=command.version,
+                    argv=command.argv,
+                    forwards=tuple(forward for nic in nics for forward in nic.forwards),
+                    template=source.id,
+                ),
+                durable=False,
+            )
+            return b"" if warm else _told(source, fork)
+
+        born = _nothing if warm else _born(fork)
+        return await driver.fork(fork, command, record.user, source.template, affinity, meanwhile, born, go=go)
 
     return await with_free_ports(launch)
 

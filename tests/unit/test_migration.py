@@ -22,9 +22,7 @@ from tests.unit.test_qmp import FakeQemu, listening
 DONE = {"status": "completed"}
 
 
-def qemu(
-    *migration: dict[str, Any], version: tuple[int, int] = (7, 2), state: str = "running"
-) -> Callable[[dict[str, Any]], Any]:
+def qemu(*migration: dict[str, Any], state: str = "running") -> Callable[[dict[str, Any]], Any]:
     """A QEMU that answers `query-migrate` with these one after the other, the last one for ever."""
     left = list(migration)
 
@@ -33,7 +31,6 @@ def qemu(
             return {"return": left.pop(0) if len(left) > 1 else left[0]}
         answers: dict[str, Any] = {
             "query-status": {"status": state},
-            "query-version": {"qemu": {"major": version[0], "minor": version[1], "micro": 0}, "package": ""},
             "qom-get": "pc-i440fx-7.2-machine",
         }
         return {"return": answers.get(command["execute"], {})}
@@ -49,7 +46,7 @@ async def written(tmp_path: Path, fake: FakeQemu) -> tuple[str, list[Step]]:
 
 
 def said(fake: FakeQemu) -> list[str]:
-    looks = ("qmp_capabilities", "query-migrate", "query-status", "query-version", "qom-get")
+    looks = ("qmp_capabilities", "query-migrate", "query-status", "qom-get")
     return [command["execute"] for command in fake.seen if command["execute"] not in looks]
 
 
@@ -63,7 +60,7 @@ async def test_writing(tmp_path: Path) -> None:
 
 
 async def test_writing_with_a_qemu_that_takes_files_in_sets_alone(tmp_path: Path) -> None:
-    fake = FakeQemu(qemu({}, {}, DONE, version=(11, 0)))
+    fake = FakeQemu(qemu({}, {}, DONE), version=(11, 0))
     await written(tmp_path, fake)
     assert said(fake) == [
         "stop",

@@ -50,9 +50,9 @@ class Guest:
         answers: Answers | None = None,
         version: tuple[int, int] = (9, 0),
     ) -> None:
-        self.left, self.state, self.version, self.begun = list(migration), state, version, False
+        self.left, self.state, self.begun = list(migration), state, False
         self.answers = answers or {}
-        self.qmp = FakeQemu(self.answer)
+        self.qmp = FakeQemu(self.answer, version=version)
 
     @property
     def said(self) -> list[str]:
@@ -79,7 +79,6 @@ class Guest:
         events: dict[str, Any] = {"migrate": ["STOP"], "stop": ["STOP"], "cont": ["RESUME"]}
         found = {
             "query-status": {"status": self.state},
-            "query-version": {"qemu": {"major": self.version[0], "minor": self.version[1], "micro": 0}, "package": ""},
             "qom-get": "pc-i440fx-7.2-machine",
             "query-balloon": {"actual": 128 << 20},
             "query-hotpluggable-cpus": [{"type": "cpu", "props": {"core-id": 0}, "qom-path": "/machine/0"}],
@@ -358,6 +357,10 @@ async def test_giving_up_lets_the_guest_go_on(
     assert second.waited and open_files() == []
 
 
+def not_ready() -> None:
+    raise AssertionError("it has no memory")
+
+
 class TestBegin:
     @pytest.fixture
     def template(self) -> Iterator[Template]:
@@ -367,12 +370,22 @@ class TestBegin:
         os.close(memory)
         os.close(state)
 
-    async def test_a_fork(self, tmp_path: Path, template: Template) -> None:
+    @pytest.mark.parametrize("go", [True, False])
+    async def test_a_fork(self, tmp_path: Path, template: Template, go: bool) -> None:
+        """It is ready before it goes; nothing of how it was made stays with it, whether it goes or not."""
         guest = Guest({"status": "active"}, DONE)
+        before: list[str] = []
         async with listening(guest.qmp, tmp_path / "s") as socket, connected(socket, timeout_s=5) as monitor:
-            await begin(monitor, template)
-        assert guest.said == ["migrate-set-capabilities", "migrate-incoming", "migrate-set-capabilities"]
+            await begin(monitor, template, lambda: before.extend(guest.said), go=go)
+        assert before == ["migrate-set-capabilities", "migrate-incoming"]
+        assert guest.said == [*before, *(["cont"] if go else []), "migrate-set-capabilities"]
         assert guest.capabilities() == {"x-ignore-shared": False}
+
+    async def test_a_qemu_that_takes_files_in_sets_alone(self, tmp_path: Path, template: Template) -> None:
+        guest = Guest(DONE, version=(11, 0))
+        async with listening(guest.qmp, tmp_path / "s") as socket, connected(socket, timeout_s=5) as monitor:
+            await begin(monitor, template, lambda: None, go=True)
+        assert guest.said[:4] == ["migrate-set-capabilities", "add-fd", "migrate-incoming", "remove-fd"]
 
     @pytest.mark.parametrize(("answer", "error"), [(None, QMPLost), ({"error": {"desc": "no"}}, QMPRefused)])
     async def test_one_that_fails(
@@ -382,7 +395,7 @@ class TestBegin:
         guest = Guest(DONE, answers={"migrate-incoming": {"error": failed} if answer else None})
         async with listening(guest.qmp, tmp_path / "s") as socket, connected(socket, timeout_s=5) as monitor:
             with pytest.raises(error):
-                await begin(monitor, template)
+                await begin(monitor, template, not_ready, go=True)
 
 
 class TestNames:

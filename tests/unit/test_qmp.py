@@ -17,8 +17,15 @@ import pytest
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected
 from polyvisor.errors import PolyvisorError, TimedOut
 
-GREETING = {"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
+
+
+def greeting_of(version: tuple[int, int]) -> bytes:
+    """What a QEMU of this version says first."""
+    numbers = {"micro": 22, "minor": version[1], "major": version[0]}
+    return (
+        json.dumps({"QMP": {"version": {"qemu": numbers, "package": ""}, "capabilities": ["oob"]}}).encode() + b"\r\n"
+    )
 
 
 async def commands(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
@@ -38,9 +45,9 @@ async def commands(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]
 class FakeQemu:
     """A QMP server; `answer` gives the reply to each command, with `events` that come before it; None closes the connection."""
 
-    def __init__(self, answer: Answer, *, greeting: bytes | None = None) -> None:
+    def __init__(self, answer: Answer, *, version: tuple[int, int] = (7, 2), greeting: bytes | None = None) -> None:
         self.answer = answer
-        self.greeting = json.dumps(GREETING).encode() + b"\r\n" if greeting is None else greeting
+        self.greeting = greeting_of(version) if greeting is None else greeting
         self.seen: list[dict[str, Any]] = []
         self.connections = 0
 
@@ -91,6 +98,23 @@ async def silent(command: dict[str, Any]) -> None:
 
 async def refusing(command: dict[str, Any]) -> dict[str, Any]:
     return {"error": {"class": "GenericError", "desc": "there is no such thing"}}
+
+
+async def test_the_version_is_in_the_greeting(tmp_path: Path) -> None:
+    fake = FakeQemu(fine, version=(10, 1))
+    async with listening(fake, tmp_path / "s") as socket, connected(socket, timeout_s=5) as monitor:
+        assert monitor.version == (10, 1)
+
+
+@pytest.mark.parametrize(
+    "version", ["{}", '{"qemu": 7}', '{"qemu": {"major": 7}}', '{"qemu": {"major": "x", "minor": 1}}']
+)
+async def test_a_version_that_is_none(tmp_path: Path, version: str) -> None:
+    greeting = f'{{"QMP": {{"version": {version}, "capabilities": []}}}}\r\n'.encode()
+    fake = FakeQemu(fine, greeting=greeting)
+    async with listening(fake, tmp_path / "s") as socket, connected(socket, timeout_s=5) as monitor:
+        with pytest.raises(QMPLost, match="greeting"):
+            _ = monitor.version
 
 
 async def test_greeting_negotiation_and_answer(tmp_path: Path) -> None:
@@ -271,7 +295,7 @@ async def test_a_qemu_that_greets_and_then_ends_has_not_answered(tmp_path: Path)
     gone: list[bool] = []
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(json.dumps(GREETING).encode() + b"\r\n")
+        writer.write(greeting_of((7, 2)))
         await reader.readline()
         await asyncio.sleep(0.05)
         gone.append(True)

@@ -236,7 +236,8 @@ class QemuDriver:
         command: Command,
         user: int | None,
         template: Template,
-        told: bytes,
+        affinity: str,
+        meanwhile: Callable[[], bytes],
         born: Callable[[], None],
         *,
         go: bool,
@@ -244,17 +245,16 @@ class QemuDriver:
         from polyvisor.drivers.qemu.agent import tell
         from polyvisor.drivers.qemu.fork import begin
 
-        launch = vm.launch()
-        affinity = launch.resources.cpu_affinity if launch and launch.resources else ALL_CPUS
+        def ready() -> None:
+            tell(vm, told)
+            born()
+
         with started(vm, command, user, affinity, inherit=(template.memory,)) as process:
+            told = meanwhile()
             async with connected(
                 vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
             ) as monitor:
-                await begin(monitor, template)
-                tell(vm, told)
-                born()
-                if go:
-                    await monitor.execute("cont")
+                await begin(monitor, template, ready, go=go)
         return Observed(state=VMState.RUNNING if go else VMState.PAUSED, pid=process.pid)
 
     async def inspect(self, vm: VMDirectory) -> Observed:

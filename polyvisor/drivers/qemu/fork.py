@@ -92,7 +92,7 @@ async def take_template(
         memory = _kept(kept, os.memfd_create(f"polyvisor-{vm.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         state = _kept(kept, os.memfd_create("polyvisor-state", os.MFD_CLOEXEC))
         os.ftruncate(memory, size := int(memory_size(launch.argv).removesuffix("M")) << 20)
-        version = await _version(monitor)
+        version = monitor.version
         shared = _shared_memory(vm, size) if version < KNOWS_FILES else None
         if shared is not None:
             copy = used.enter_context(contextlib.closing(Copy(_kept(used, shared), memory, size)))
@@ -150,19 +150,21 @@ def sealed(memory: int) -> bool:
     return bool(fcntl.fcntl(memory, fcntl.F_GET_SEALS) & SEALS == SEALS)
 
 
-async def begin(monitor: Monitor, template: Template) -> None:
-    """Let a QEMU with the arguments of `incoming.fork_argv` become the fork; its vCPUs stand still.
+async def begin(monitor: Monitor, template: Template, ready: Callable[[], None], *, go: bool) -> None:
+    """Let a QEMU with the arguments of `incoming.fork_argv` become the fork; `ready` is called when it has all of the memory.
 
-    Raises QMPLost, QMPRefused.
+    Its vCPUs stand still until then, and afterwards, too, unless it is to `go` on. Raises QMPLost, QMPRefused.
     """
-    await set_capability(monitor, IGNORE_SHARED, True)
     # A description of its own, since each has a place of its own in the file.
     own = os.open(f"/proc/self/fd/{template.state}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        await read_memory(monitor, own, os.fstat(own).st_size, silent)
+        await read_memory(monitor, own, os.fstat(own).st_size, silent, ignore_shared=True)
     finally:
         os.close(own)
-    await set_capability(monitor, IGNORE_SHARED, False)  # or what is saved of the fork one day would want it too
+    ready()
+    # The capability goes, or what is saved of the fork one day would want it too; the guest need not wait for that.
+    last = [monitor.execute("cont")] if go else []
+    await asyncio.gather(*last, set_capability(monitor, IGNORE_SHARED, False))
 
 
 @contextlib.asynccontextmanager
@@ -254,12 +256,6 @@ async def _write_devices(second: Monitor, state: int) -> None:
     async with handed_over(second, state) as uri:
         await second.execute("migrate", uri=uri)
         await _settled(second)
-
-
-async def _version(monitor: Monitor) -> tuple[int, int]:
-    """That of the QEMU that runs, which may be older than the one that is installed now."""
-    version = (await monitor.execute("query-version"))["qemu"]
-    return version["major"], version["minor"]
 
 
 async def _disk_sizes(monitor: Monitor) -> dict[str, int]:

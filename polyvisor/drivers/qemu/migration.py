@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused
@@ -106,16 +106,24 @@ async def _written(monitor: Monitor, progress: Progress) -> None:
     raise PolyvisorError(f"QEMU could not write its memory: {said}")
 
 
-async def read_memory(monitor: Monitor, file: int, size: int, progress: Progress) -> None:
+async def read_memory(
+    monitor: Monitor, file: int, size: int, progress: Progress, *, ignore_shared: bool = False
+) -> None:
     """Let a QEMU that was started with the arguments of `incoming.restoring_argv` read what `write_memory` wrote, `size` bytes.
 
-    The vCPUs stand still afterwards. Raises QMPLost where QEMU does not understand it and ends, QMPRefused, TimedOut.
+    The vCPUs stand still afterwards. With `ignore_shared` memory that is a file was left out; the capability stays on. Raises
+    QMPLost where QEMU does not understand it and ends, QMPRefused, TimedOut.
     """
     monitor.timeout_s = PATIENCE_S
-    async with handed_over(monitor, file) as uri:
-        await monitor.execute("migrate-incoming", uri=uri)
+    uri, handing_over = _handing_over(monitor, file)
+    first = [set_capability(monitor, IGNORE_SHARED, True)] if ignore_shared else []
+    try:
+        # QEMU takes one after the other: to wait for each answer would make a fork wait.
+        await asyncio.gather(*first, handing_over, monitor.execute("migrate-incoming", uri=uri))
         while (status := await _asked_while_reading(monitor, file, size, progress)) in (None, *UNDER_WAY):
             await pause(_READING_S)
+    finally:
+        await _take_back(monitor)
     if status != "completed":
         raise QMPRefused(f"QEMU could not read its memory: it ended as '{status}'")
 
@@ -175,14 +183,23 @@ async def set_capability(monitor: Monitor, name: str, state: bool) -> None:
 @contextlib.asynccontextmanager
 async def handed_over(monitor: Monitor, file: int) -> AsyncIterator[str]:
     """Give QEMU the open file, and the URI by which it knows it there."""
-    version = (await monitor.execute("query-version"))["qemu"]
-    if (version["major"], version["minor"]) < _FILE_IN_SET:
-        await monitor.execute_with(file, "getfd", fdname=_NAME)
-        yield f"fd:{_NAME}"
-        return
-    await monitor.execute_with(file, "add-fd", **{"fdset-id": _SET})
+    uri, handing_over = _handing_over(monitor, file)
+    await handing_over
     try:
-        yield f"file:/dev/fdset/{_SET}"
+        yield uri
     finally:
+        await _take_back(monitor)
+
+
+def _handing_over(monitor: Monitor, file: int) -> tuple[str, Coroutine[Any, Any, Any]]:
+    """The URI by which QEMU knows the open file once the command is done that gives it that."""
+    if monitor.version < _FILE_IN_SET:
+        return f"fd:{_NAME}", monitor.execute_with(file, "getfd", fdname=_NAME)
+    return f"file:/dev/fdset/{_SET}", monitor.execute_with(file, "add-fd", **{"fdset-id": _SET})
+
+
+async def _take_back(monitor: Monitor) -> None:
+    """Let QEMU close the file, where it has not done so by itself, having used it."""
+    if monitor.version >= _FILE_IN_SET:
         with contextlib.suppress(QMPLost, QMPRefused, TimedOut):
             await monitor.execute("remove-fd", **{"fdset-id": _SET})

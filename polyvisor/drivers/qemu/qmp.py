@@ -48,6 +48,16 @@ class Monitor:
         self._client = client
         self.timeout_s = timeout_s
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """That of the QEMU at the other end, which may be older than the one that is installed now; raises QMPLost."""
+        greeting = self._client.greeting
+        try:
+            numbers: Any = greeting.QMP.version["qemu"] if greeting else {}
+            return int(numbers["major"]), int(numbers["minor"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise QMPLost("QEMU's greeting can't be understood") from error
+
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and return its answer; raises QMPRefused, QMPLost, TimedOut."""
         from qemu.qmp import ExecuteError, QMPError
