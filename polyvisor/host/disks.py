@@ -98,8 +98,10 @@ def generation_of(overlay: Path) -> int:
     return int(overlay.stem.partition("-")[2] or 0)
 
 
-async def make_overlays(host: Host, directory: Path, record: Record, layers: Sequence[Layer | None]) -> None:
-    """Make the empty overlays of `record` in a VM's `directory`, on `layers`; they are durable afterwards.
+async def make_overlays(
+    host: Host, directory: Path, record: Record, layers: Sequence[Layer | None], *, durable: bool = True
+) -> None:
+    """Make the empty overlays of `record` in a VM's `directory`, on `layers`; they are durable, unless the caller sees to that.
 
     One that a killed command has left is replaced. A disk without a layer below is not this function's to make.
     """
@@ -109,9 +111,10 @@ async def make_overlays(host: Host, directory: Path, record: Record, layers: Seq
             made.append(path := directory / disk_path(record.disk_number(i), record.generation))
             await qemu_img.create_on_layer(path, host.layers.file(layer.id), layer.size)
     give_to_user(made, record.user)
-    with storage_errors("making overlays"):
-        sync_files(*made)
-        sync_directory(directory / "disks")
+    if durable:
+        with storage_errors("making overlays"):
+            sync_files(*made)
+            sync_directory(directory / "disks")
 
 
 async def grow(path: Path, size_gib: int | None) -> None:

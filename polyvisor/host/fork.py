@@ -212,14 +212,14 @@ async def begin(
         forks = [fork for fork, _ in made]
         if go and not alone:
             # Many that run leave the host little time to wait for its disk.
-            await asyncio.to_thread(_make_durable, host, forks)
+            await _make_durable(host, forks)
             await _together([host.drivers.qemu.resume(fork) for fork in forks])
             made = [(fork, replace(observed, state=VMState.RUNNING)) for fork, observed in made]
         begun_at = time.monotonic()
         if len(names) == 1:  # many don't wait for one another's keys
             reserve.begin()
         if alone or not go:
-            await asyncio.to_thread(_make_durable, host, forks)
+            await _make_durable(host, forks)
         undo.pop_all()
     return tuple(status_of(fork, observed) for fork, observed in made), begun_at
 
@@ -248,7 +248,7 @@ async def make(
     with host.store.creating(name, durable=False, warm=warm) as staging:
         (staging.path / UNBORN).touch(mode=0o600)
         layers = [host.layers.get(layer) if layer else None for layer in record.layers]
-        await disks.make_overlays(host, staging.path, record, layers)
+        await disks.make_overlays(host, staging.path, record, layers, durable=False)
         await _give_keys(host, source, staging, record)
         _copy_files(source, staging)
         prepare.finish(staging, record)
@@ -381,19 +381,23 @@ def _born(fork: VMDirectory) -> Callable[[], None]:
     return lambda: (fork.path / UNBORN).unlink(missing_ok=True)
 
 
-def _make_durable(host: Host, forks: Sequence[VMDirectory]) -> None:
-    """See to it that the forks are VMs after a power cut too: all at once, since each of them waiting by itself takes seconds.
+async def _make_durable(host: Host, forks: Sequence[VMDirectory]) -> None:
+    """See to it that the forks are VMs after a power cut too.
 
-    What a start makes anew need not be there then.
+    Some wait at a time: the disk takes as long for all of these as for one, and for a hundred one by one seconds.
     """
+    await _together([asyncio.to_thread(_sync, fork) for fork in forks])
     with storage_errors("writing the forks to the disk"):
-        for fork in forks:
-            files = (path for path in fork.path.rglob("*") if path.name != SEEDED_INITRD.name and path.is_file())
-            sync_files(*files)
-            for directory in (fork.path, fork.disks):
-                sync_directory(directory)
-        sync_files(*(path for path in [host.home.next_user] if path.exists()))
-        sync_directory(host.home.vms)
+        await asyncio.to_thread(sync_files, *(path for path in [host.home.next_user] if path.exists()))
+        await asyncio.to_thread(sync_directory, host.home.vms)
+
+
+def _sync(fork: VMDirectory) -> None:
+    """Make what is in a fork's directory durable, but for what a start makes anew."""
+    with storage_errors("writing the forks to the disk"):
+        sync_files(*(path for path in fork.path.rglob("*") if path.name != SEEDED_INITRD.name and path.is_file()))
+        for directory in (fork.path, fork.disks):
+            sync_directory(directory)
 
 
 async def _together(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
