@@ -21,10 +21,11 @@ setup:
 demo: setup
 	@sh scripts/demo.sh
 
+# One worker more than CPUs: a third of the time tests wait for a guest or a process.
 test:
 	@sh scripts/setup.sh test
 	@$(MAKE) --no-print-directory check
-	$(UV) run pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/lab
+	$(UV) run pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder --ignore tests/lab
 	@echo 'Not run here: the tests on real KVM and real Xen hosts and with Debian guests, which take half an hour: make test-lab'
 
 # One host at a time, more or less: on a busy machine emulated guests meet time limits that real ones don't.

@@ -14,6 +14,8 @@ from polyvisor.values import dataclass
 
 CONSOLES = "console=tty0 console=hvc0 console=ttyS0,115200"
 """Kernel messages on all that exist (hvc0 on Xen in modes pv and pvh); the last is /dev/console, logins are on every one."""
+KERNEL_OPTIONS = f"{CONSOLES} no_timer_check"
+"""With what keeps an emulated guest on a busy host from a panic (see `tiny.CMDLINE`)."""
 XEN_CONSOLES = "console=tty0 console=hvc0"
 """The same for a dom0, whose serial port is Xen's."""
 
@@ -56,9 +58,9 @@ def plan_disk(size: int) -> Disk:
     )
 
 
-def cmdline(disk: Disk, consoles: str = CONSOLES) -> str:
+def cmdline(disk: Disk, options: str = KERNEL_OPTIONS) -> str:
     """The kernel's command line, for GRUB and for direct boot."""
-    return f"root=UUID={disk.root_uuid} ro {consoles}"
+    return f"root=UUID={disk.root_uuid} ro {options}"
 
 
 def generated_files(disk: Disk, flavour: Flavour) -> dict[str, str]:
@@ -68,7 +70,9 @@ def generated_files(disk: Disk, flavour: Flavour) -> dict[str, str]:
         f"PARTUUID={disk.efi.uuid} /boot/efi vfat noauto,umask=0077 0 0\n",
         "rootfs/etc/grub.d/01_serial": f"#!/bin/sh\ncat <<'EOF'\n{grub.SERIAL}EOF\n",
         "boot/early.cfg": grub.early_config(disk.root_uuid),
-        "boot/grub.cfg": flavour.grub_config(disk.root_uuid, cmdline(disk, XEN_CONSOLES if flavour.xen else CONSOLES)),
+        "boot/grub.cfg": flavour.grub_config(
+            disk.root_uuid, cmdline(disk, XEN_CONSOLES if flavour.xen else KERNEL_OPTIONS)
+        ),
     }
     if flavour.xen is not None:
         generated["rootfs/etc/default/grub.d/polyvisor-xen.cfg"] = grub.xen_defaults(flavour.xen, XEN_CONSOLES)
