@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from polyvisor.drivers.base import Fork, Observed, Template
 from polyvisor.drivers.qemu.agent import has_agent_port
+from polyvisor.drivers.qemu.fork import let_go
 from polyvisor.drivers.qemu.migration import in_long_mode
 from polyvisor.errors import AlreadyExists, InvalidInput, PolyvisorError, Unsupported, WrongState
 from polyvisor.files import storage_errors, sync_directory, sync_files
@@ -213,7 +214,7 @@ async def begin(
         if go and not alone:
             # Many that run leave the host little time to wait for its disk.
             await _make_durable(host, forks)
-            await _together([host.drivers.qemu.resume(fork) for fork in forks])
+            await let_go(forks)
             made = [(fork, replace(observed, state=VMState.RUNNING)) for fork, observed in made]
         begun_at = time.monotonic()
         if len(names) == 1:  # many don't wait for one another's keys

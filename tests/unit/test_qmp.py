@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, answer, connected, tell_all
 from polyvisor.errors import PolyvisorError, TimedOut
 
 Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
@@ -317,3 +317,43 @@ async def test_no_answer_is_waited_for_from_a_qemu_that_has_ended(tmp_path: Path
             await task
     with pytest.raises(QMPLost):
         await answer(tmp_path / "gone" / "s", timeout_s=30, gone=never)
+
+
+async def test_many_are_told_when_all_are_there(tmp_path: Path) -> None:
+    """And answer, whatever events come before that."""
+    told: list[int] = []
+
+    async def counting(command: dict[str, Any]) -> dict[str, Any]:
+        told.append(sum(fake.connections for fake in fakes))
+        return {"return": {}, "events": ["RESUME"]}
+
+    fakes = [FakeQemu(counting) for _ in range(3)]
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(listening(fake, tmp_path / str(i))) for i, fake in enumerate(fakes)]
+        await tell_all(sockets, "cont", timeout_s=5)
+    assert told == [3, 3, 3]
+    assert [[command["execute"] for command in fake.seen] for fake in fakes] == [["qmp_capabilities", "cont"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "words"),
+    [
+        (refusing, QMPRefused, "refused cont: there is no such thing"),
+        (closing, QMPLost, "QEMU has ended"),
+        (silent, TimedOut, "does not answer"),
+    ],
+)
+async def test_one_of_many_fails(tmp_path: Path, reply: Answer, error: type[PolyvisorError], words: str) -> None:
+    async with listening(FakeQemu(fine), tmp_path / "a") as one, listening(FakeQemu(reply), tmp_path / "b") as other:
+        with pytest.raises(error, match=words):
+            await tell_all([one, other], "cont", timeout_s=1)
+
+
+@pytest.mark.parametrize("greeting", [b"", b"\x00\xff\r\n", b"SSH-2.0-x\r\n", b"x" * 99999])
+async def test_many_of_which_one_is_no_qemu(tmp_path: Path, greeting: bytes) -> None:
+    fake = FakeQemu(closing, greeting=greeting + b"\r\n5\r\n[]\r\n")
+    async with listening(FakeQemu(fine), tmp_path / "a") as one, listening(fake, tmp_path / "b") as other:
+        with pytest.raises(QMPLost):
+            await tell_all([one, other], "cont", timeout_s=5)
+    with pytest.raises(QMPLost):
+        await tell_all([tmp_path / "nowhere"], "cont", timeout_s=5)

@@ -22,10 +22,11 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from polyvisor.drivers.base import Template
+from polyvisor.drivers.qemu.argv import QMP_SOCKET
 from polyvisor.drivers.qemu.devices import groups_for
 from polyvisor.drivers.qemu.incoming import TEMPLATE_SOCKET, Machine, memory_size, template_argv
 from polyvisor.drivers.qemu.migration import (
@@ -41,7 +42,7 @@ from polyvisor.drivers.qemu.migration import (
     set_capability,
 )
 from polyvisor.drivers.qemu.programs import Qemu
-from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected
+from polyvisor.drivers.qemu.qmp import Monitor, QMPLost, QMPRefused, connected, tell_all
 from polyvisor.drivers.qemu.resize import usage
 from polyvisor.drivers.qemu.shared_memory import Copy, memory_of
 from polyvisor.drivers.qemu.vm_process import lock_holders
@@ -59,6 +60,7 @@ AtPause = Callable[[], Awaitable[None]]
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 START_S = 60.0
 END_S = 10.0
+TOGETHER = 200  # connections at a time: a process may have 1024 open files
 # How long the guest may stand still, in ms, by how long it has been tried, in s: one that writes faster than its memory can
 # be copied is stopped for longer in the end.
 DOWNTIMES = ((0.0, 60), (3.0, 500), (10.0, 10_000))
@@ -165,6 +167,13 @@ async def begin(monitor: Monitor, template: Template, ready: Callable[[], None],
     # The capability goes, or what is saved of the fork one day would want it too; the guest need not wait for that.
     last = [monitor.execute("cont")] if go else []
     await asyncio.gather(*last, set_capability(monitor, IGNORE_SHARED, False))
+
+
+async def let_go(vms: Sequence[VMDirectory]) -> None:
+    """Let the vCPUs of forks go that have just been made, as nearly at once as can be; raises QMPLost, QMPRefused, TimedOut."""
+    for first in range(0, len(vms), TOGETHER):
+        sockets = [vm.path / QMP_SOCKET for vm in vms[first : first + TOGETHER]]
+        await tell_all(sockets, "cont", timeout_s=START_S)
 
 
 @contextlib.asynccontextmanager
