@@ -106,14 +106,15 @@ def empty_home() -> Iterator[Home]:
 @pytest.fixture
 def home(empty_home: Home, tiny: Image, still: Image, image_store: ImageStore) -> Home:
     """A home whose image store has `tiny` and `still`."""
-    with_images(empty_home, image_store)
+    with_images(empty_home.path, image_store.path)
     return empty_home
 
 
-def with_images(home: Home, store: ImageStore) -> None:
-    """Let a home, which has no images of its own, have those of `store`."""
-    home.images.rmdir()
-    home.images.symlink_to(store.path)
+def with_images(home: Path, images: Path) -> None:
+    """Let a home, which has no images of its own, have those at `images`."""
+    if not (home / "images").is_symlink():
+        (home / "images").rmdir()
+        (home / "images").symlink_to(images)
 
 
 @pytest.fixture

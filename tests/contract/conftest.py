@@ -91,6 +91,6 @@ def nursery(tiny: Image, image_store: ImageStore) -> Iterator[Home]:
         await host.remove(made.name, force=True)
 
     with temporary_home() as home:
-        with_images(home, image_store)
+        with_images(home.path, image_store.path)
         asyncio.run(make(Host(home)))
         yield home

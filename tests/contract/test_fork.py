@@ -105,9 +105,10 @@ async def test_forks_go_on_from_one_moment(api: HostApi, spec: VMSpec) -> None:
     for name in everyone:
         await guest(api, name, on_disk(name))
     assert [await guest(api, name, READ) for name in everyone] == everyone
-    await api.stop("a")
-    await api.start("a")
-    await answering(api, "a")
+    for name in (source, "a"):
+        await api.stop(name)
+        await api.start(name)
+    await answering(api, source, "a")
     assert [await guest(api, name, READ) for name in everyone] == everyone
     assert [await guest(api, name, "hostname") for name in everyone] == everyone
 

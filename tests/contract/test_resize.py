@@ -158,8 +158,9 @@ async def test_a_vm_at_rest_is_changed_for_its_start(api: HostApi, spec: VMSpec)
     assert (resized.status.state, resized.applied, resized.pending) == (VMState.STOPPED, (), ())
     status = await api.start(spec.name)
     assert (status.vcpus, status.memory_mib, status.pending) == (2, 160, ())
-    usage = (await api.show(spec.name)).usage
-    assert usage is not None and usage.vcpus == 2
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    assert await vcpus_of(api, spec.name) == 2
+    assert about(160)(await memory_of(api, spec.name))
     await api.remove(spec.name, force=True)
 
 

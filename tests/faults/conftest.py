@@ -13,6 +13,7 @@ from polyvisor.images.image import Image
 
 pytest.register_assert_rewrite("tests.faults.command")
 
+from tests.conftest import with_images  # noqa: E402
 from tests.faults.command import Polyvisor, end_all  # noqa: E402
 
 
@@ -46,8 +47,7 @@ def small(empty_home: Home, tiny: Image, cache: Path) -> Iterator[Polyvisor]:
     try:
         home = Home(where / "home")
         home.prepare()
-        home.images.rmdir()
-        home.images.symlink_to(cache / "home" / "images")
+        with_images(home.path, cache / "home" / "images")
         yield Polyvisor(home.path)
         end_all(home.path)
     finally:

@@ -31,6 +31,7 @@ from polyvisor.errors import NotFound, Unavailable
 from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.spec.vm import Disk, Firmware, Mode, VMSpec
+from tests.conftest import with_images
 from tests.faults.command import Done, Launcher, Polyvisor, assert_nothing_left, end_all, finish, qemus
 from tests.thorough import EVERY, THOROUGH
 
@@ -91,13 +92,6 @@ def _sibling(home: Path, number: int) -> Path:
     Home(path).prepare()
     with_images(path, (home / "images").readlink())
     return path
-
-
-def with_images(home: Path, images: Path) -> None:
-    """Let a home, which has no images of its own, have those at `images`."""
-    if not (home / "images").is_symlink():
-        (home / "images").rmdir()
-        (home / "images").symlink_to(images)
 
 
 def qemu_io(launcher: Polyvisor | Launcher, *commands: str) -> str:

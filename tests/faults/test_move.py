@@ -27,10 +27,10 @@ from polyvisor.remote.host import RemoteHost
 from polyvisor.remote.move import Place, Wish, cancel_move, move_vm
 from polyvisor.spec.vm import Disk, VMSpec
 from polyvisor.status import VMState
-from tests.conftest import temporary_home
+from tests.conftest import temporary_home, with_images
 from tests.faults.command import Done, Launcher, end_all
 from tests.faults.relay import Relay, relaying
-from tests.faults.test_crash_points import WORKERS, Walk, walked, with_images
+from tests.faults.test_crash_points import WORKERS, Walk, walked
 from tests.faults.test_lost_connection import agents, before_piece
 from tests.sshd import Server
 from tests.thorough import EVERY, THOROUGH, usually

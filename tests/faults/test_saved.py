@@ -195,7 +195,7 @@ def test_killed_at_any_moment_of_a_save(polyvisor: Polyvisor) -> None:
     """Also while QEMU writes, or reads: the VM is there or saved, and comes back the same."""
     polyvisor.good("run", "tiny", "--name", "vm", "--memory", "512M", "--wait", "--timeout", "120")
     boot_id = polyvisor.good("exec", "vm", "cat", "/proc/sys/kernel/random/boot_id").out
-    for moment in (0.25 + 0.03 * i for i in range(9)):
+    for moment in (0.25 + 0.03 * i for i in range(10)):
         for words in (("save", "vm"), ("start", "vm")):
             process = polyvisor.start(*words)
             time.sleep(moment)

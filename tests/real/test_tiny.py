@@ -236,15 +236,16 @@ async def test_other_machines(built: Built, tmp_path: Path, machine: str, nic: s
 
 
 async def test_what_it_has_not_been_given(built: Built, tmp_path: Path) -> None:
-    """Without a host key it makes its own; what it is told to do and can't it ignores aloud."""
-    async with booted(built, tmp_path, user_data="#cloud-config\npackages: [vim]\n") as guest:
+    """Without a host key it makes its own, less memory is enough, and what it is told to do and can't it ignores aloud."""
+    async with booted(built, tmp_path, user_data="#cloud-config\npackages: [vim]\n", memory_mib=112) as guest:
         await guest.says("user-data is not a script (#!): ignored")
         assert (await guest.scanned()).startswith("ssh-ed25519 ")
+        assert (await guest.ssh("hostname")).stdout == "web-1\n"
 
 
 async def test_the_power_button_powers_it_off_from_its_first_moment(built: Built, tmp_path: Path) -> None:
     """Pressed as it says that it is ready."""
-    async with booted(built, tmp_path, memory_mib=112) as guest:  # less than it asks for, too
+    async with booted(built, tmp_path) as guest:
         await guest.qmp("system_powerdown")
         assert await guest.ends() < 20
 
