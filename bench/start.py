@@ -60,7 +60,7 @@ class Starts:
         polyvisor("kill", "reference")
         stamps.take()
         self.argv = polyvisor.launch_argv("reference")
-        shutil.copytree(polyvisor.directory("reference"), self.bare_directory, ignore=_sockets)
+        shutil.copytree(polyvisor.directory("reference"), self.bare_directory, ignore=_special)
         polyvisor("rm", "--force", "reference")
 
     def ours(self) -> Mapping[str, float]:
@@ -197,6 +197,6 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-def _sockets(directory: str, names: list[str]) -> list[str]:
-    """For `copytree`: what can't be copied."""
-    return [name for name in names if (Path(directory) / name).is_socket()]
+def _special(directory: str, names: list[str]) -> list[str]:
+    """For `copytree`: what can't be copied, sockets and named pipes."""
+    return [name for name in names if not ((here := Path(directory) / name).is_file() or here.is_dir())]

@@ -23,7 +23,6 @@ from polyvisor.waiting import event_loop, pause
 if TYPE_CHECKING:
     Program = subprocess.Popen[bytes]
 _POLL_S = 0.002
-NOTHING = subprocess.DEVNULL  # to read from
 
 
 @dataclass(frozen=True)
@@ -211,12 +210,13 @@ def spawn_detached(
     inherit: Sequence[int] = (),
     user: int | None = None,
     groups: Sequence[int] = (),
-    stdin: int = NOTHING,
+    stdin: int | None = None,
     errors: IO[bytes] | None = None,
 ) -> Program:
     """Start `argv` in a session of its own, to live on after this process.
 
-    Its stdout goes to `output`, its stderr to `errors` (`output` by default); file descriptors in `inherit` stay open in it.
+    Its stdin is `stdin`, by default empty, its stdout goes to `output`, its stderr to `errors` (`output` by default); file
+    descriptors in `inherit` stay open in it.
     With `user`, it runs as that numeric user and group, with the supplementary `groups` alone (the caller must be root).
     """
     if user is not None and not groups and (words := _as_user(argv, user)):
@@ -224,7 +224,7 @@ def spawn_detached(
     process = subprocess.Popen(
         argv,
         cwd=cwd,
-        stdin=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
         stdout=output,
         stderr=errors or output,
         start_new_session=True,

@@ -27,6 +27,9 @@ class _Deferred(ModuleType):
     """Stands in for a module, and becomes it when it is first asked for anything."""
 
     def __getattr__(self, attribute: str) -> Any:
+        # `from NAME import` looks whether NAME is a package; of these asyncio alone is one.
+        if attribute == "__path__" and self.__name__ != "asyncio":
+            raise AttributeError(attribute)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         self.__dict__.update(import_module(self.__name__).__dict__)

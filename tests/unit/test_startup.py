@@ -45,3 +45,12 @@ def test_dataclasses_do_without_inspect_until_somebody_uses_it() -> None:
         "import polyvisor.host.api, inspect\nprint('ast' in sys.modules, inspect.isfunction(len), 'ast' in sys.modules)"
     )
     assert python(DEFER + code) == "False False True"
+
+
+@pytest.mark.parametrize("verb", ["ls", "run tiny"])
+def test_a_verb_loads_nothing_that_it_can_do_without(verb: str) -> None:
+    code = f"""from polyvisor.cli.main import parse
+parse({verb.split()})
+dispensable = (*startup.NAMES, "gettext", "locale", "threading")
+print([name for name in dispensable if "__file__" in vars(sys.modules.get(name, object))])"""
+    assert python(DEFER + code) == "[]"

@@ -33,7 +33,7 @@ from polyvisor.network.bridge import Bridge
 from polyvisor.network.nat import Card
 from polyvisor.network.ports import hold_port
 from polyvisor.operation import Progress
-from polyvisor.process import NOTHING, spawn_detached
+from polyvisor.process import spawn_detached
 from polyvisor.spec.forward import Forward
 from polyvisor.spec.resources import Resources
 from polyvisor.spec.vm import Mode, OnReboot
@@ -114,7 +114,7 @@ class XenDriver:
         nics: tuple[BootNic, ...],
         mode: Mode,
         held: contextlib.ExitStack,
-        stdin: int = NOTHING,
+        stdin: int | None = None,
     ) -> Program:
         """Write the configuration, prepare the networks and start xl, which inherits the VM's lock and its ports' sockets.
 
