@@ -480,7 +480,7 @@ def _locked(vm: VMDirectory, held: contextlib.ExitStack) -> int:
     return fd
 
 
-def _spawn(vm: VMDirectory, argv: tuple[str, ...], inherit: Sequence[int], stdin: int) -> Program:
+def _spawn(vm: VMDirectory, argv: tuple[str, ...], inherit: Sequence[int], stdin: int | None) -> Program:
     """Start xl so that it holds the lock on the VM's `alive` file from its first moment to its last."""
     vm.log.unlink(missing_ok=True)
     with vm.log.open("ab") as log:  # to append, since others note there what they did while xl goes on writing
