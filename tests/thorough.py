@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 THOROUGH = bool(os.environ.get("POLYVISOR_TEST_ALL"))
-# A walk through a command's steps whose every step takes long takes each one, or each fifth.
-EVERY = 1 if THOROUGH else 5
+# A walk through a command's steps whose every step takes long takes each one, or each ninth.
+EVERY = 1 if THOROUGH else 9
 
 exhaustive = pytest.mark.skipif(not THOROUGH, reason="takes long: tested with POLYVISOR_TEST_ALL=1")
 

@@ -94,8 +94,8 @@ async def test_forks_go_on_from_one_moment(api: HostApi, spec: VMSpec) -> None:
     await answering(api, *names)
     everyone = [source, *names]
     renewed = {name: len(await counted(api, name)) for name in everyone}
-    assert {await guest(api, name, f"{BOOT_ID}; cat /tmp/file") for name in everyone} == {f"{boot_id}\nkept"}
-    assert {await guest(api, name, READ) for name in everyone} == {"before"}
+    kept = f"{BOOT_ID}; cat /tmp/file; {READ}"
+    assert {await guest(api, name, kept) for name in everyone} == {f"{boot_id}\nkept\nbefore"}
     await check_identities(api, everyone)
     for name in everyone:
         while len(await counted(api, name)) <= renewed[name]:
@@ -109,8 +109,9 @@ async def test_forks_go_on_from_one_moment(api: HostApi, spec: VMSpec) -> None:
         await api.stop(name)
         await api.start(name)
     await answering(api, source, "a")
-    assert [await guest(api, name, READ) for name in everyone] == everyone
-    assert [await guest(api, name, "hostname") for name in everyone] == everyone
+    assert [await guest(api, name, f"{READ}; hostname") for name in everyone] == [
+        f"{name}\n{name}" for name in everyone
+    ]
 
 
 async def check_identities(api: HostApi, names: Sequence[str]) -> None:

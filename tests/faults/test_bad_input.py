@@ -21,7 +21,7 @@ from polyvisor.home import Home
 from polyvisor.host.host import Host
 from polyvisor.images.image import Image
 from polyvisor.spec.vm import VMSpec
-from tests.faults.command import ROOT, Done, Polyvisor, assert_nothing_left, end_all, listing, qemus
+from tests.faults.command import ROOT, Done, Launcher, Polyvisor, assert_nothing_left, end_all, listing, qemus
 
 pytestmark = pytest.mark.qemu
 
@@ -32,7 +32,7 @@ KEPT = {
 }
 
 
-def refused(polyvisor: Polyvisor, *words: str, **options: Any) -> str:
+def refused(polyvisor: Polyvisor | Launcher, *words: str, **options: Any) -> str:
     """The error line of a command that must fail and leave the home as it was."""
     before = listing(polyvisor.home)
     done = polyvisor(*words, **options)
@@ -43,6 +43,20 @@ def refused(polyvisor: Polyvisor, *words: str, **options: Any) -> str:
     assert changed <= KEPT, changed
     assert qemus(polyvisor.home) == []
     return line
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher(Path())
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def quick(launcher: Launcher, home: Home) -> Launcher:
+    """The command line without the start of Python, which takes longer than most of what is refused here."""
+    launcher.home = home.path
+    return launcher
 
 
 # Flags
@@ -108,16 +122,16 @@ def refused(polyvisor: Polyvisor, *words: str, **options: Any) -> str:
         (["second-image"], "second-image"),
     ],
 )
-def test_flags_of_run(polyvisor: Polyvisor, flags: list[str], named: str) -> None:
+def test_flags_of_run(quick: Launcher, flags: list[str], named: str) -> None:
     name = [] if any(flag.startswith("--name") for flag in flags) else ["--name", "vm"]
-    line = refused(polyvisor, "run", "tiny", *name, *flags)
+    line = refused(quick, "run", "tiny", *name, *flags)
     assert named in line
     assert line.endswith(")"), f"no remedy: {line}"
 
 
 @pytest.mark.parametrize("image", ["", "..", "a/b", "ÄÖ", "x" * 300, "no-such-image", "http://x/y"])
-def test_image_names(polyvisor: Polyvisor, image: str) -> None:
-    line = refused(polyvisor, "run", image)
+def test_image_names(quick: Launcher, image: str) -> None:
+    line = refused(quick, "run", image)
     assert "image" in line and (image[:20] in line)
 
 
@@ -172,13 +186,13 @@ def test_remedies_guess_what_was_meant(polyvisor: Polyvisor) -> None:
     ],
     ids=" ".join,
 )
-def test_verbs(polyvisor: Polyvisor, words: tuple[str, ...]) -> None:
+def test_verbs(quick: Launcher, words: tuple[str, ...]) -> None:
     if "vm" in words:
-        polyvisor.good("create", "tiny", "--name", "vm")
-    error = json.loads(refused(polyvisor, words[0], "--json", *words[1:]))["error"]
+        quick.good("create", "tiny", "--name", "vm")
+    error = json.loads(refused(quick, words[0], "--json", *words[1:]))["error"]
     assert error["message"] and error["code"]
     if words[0] in ("image", "stop"):  # the line for people is made from the same error; some are enough
-        assert " ".join(error["message"].split()) in refused(polyvisor, *words)
+        assert " ".join(error["message"].split()) in refused(quick, *words)
 
 
 def test_bytes_that_are_no_text(polyvisor: Polyvisor) -> None:
@@ -259,10 +273,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         (GOOD + "on_reboot: true\n", "on_reboot: True"),
     ],
 )
-def test_spec_files(polyvisor: Polyvisor, tmp_path: Path, text: str, named: str) -> None:
+def test_spec_files(quick: Launcher, tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(text)
-    assert named in refused(polyvisor, "apply", "-f", str(path))
+    assert named in refused(quick, "apply", "-f", str(path))
 
 
 def test_odd_files(polyvisor: Polyvisor, tmp_path: Path) -> None:

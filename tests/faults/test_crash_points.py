@@ -3,7 +3,7 @@
 Each verb is walked: it is killed at its first step, at its second, and so on until it comes to its end unharmed (see
 `launcher`). After every kill the list of VMs must make sense, the same command must succeed, and the VM's disk must hold
 what was written on it before. `run`, `start`, `stop`, `rm`, `save` and the start of what was saved are walked step by step; of
-what is repeated in other ways after the same kills, and takes longest, each fifth step (see `tests.thorough`).
+what is repeated in other ways after the same kills, and takes longest, each ninth step (see `tests.thorough`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The command is walked as in `test_crash_points`: once with the source in its own process (the target is a host by SSH over
 loopback), once with the target in it. The marks that were written on the VM's disk must be on that of the one VM in the end.
-A step takes seconds, so each walk takes every fifth one, beginning with another one; with POLYVISOR_TEST_ALL=1 all of them.
+A step takes seconds, so each walk takes every ninth one, beginning with another one; with POLYVISOR_TEST_ALL=1 all of them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.faults.command import Polyvisor, assert_nothing_left, finish, qemus
+from tests.thorough import THOROUGH
 
 pytestmark = pytest.mark.qemu
 
@@ -195,7 +196,7 @@ def test_killed_at_any_moment_of_a_save(polyvisor: Polyvisor) -> None:
     """Also while QEMU writes, or reads: the VM is there or saved, and comes back the same."""
     polyvisor.good("run", "tiny", "--name", "vm", "--memory", "512M", "--wait", "--timeout", "120")
     boot_id = polyvisor.good("exec", "vm", "cat", "/proc/sys/kernel/random/boot_id").out
-    for moment in (0.25 + 0.03 * i for i in range(10)):
+    for moment in (0.25 + 0.03 * i for i in range(0, 10, 1 if THOROUGH else 3)):
         for words in (("save", "vm"), ("start", "vm")):
             process = polyvisor.start(*words)
             time.sleep(moment)
