@@ -44,7 +44,7 @@ VERBS = {
     "export": ("snapshot", "write a stopped VM, with its image, into one file"),
     "import": ("snapshot", "take in a VM that was exported"),
     "move": ("move", "carry a stopped VM, with its disks, to another host"),
-    "set": ("set", "change vCPUs, memory and CPU shares of a VM, also while it runs"),
+    "set": ("set", "change vCPUs, memory, and shares of CPUs and disks of a VM, also while it runs"),
     "disk": ("disk", "disks of a VM, also while it runs: ls, add, grow, rm"),
     "nic": ("nic", "network cards of a VM, also while it runs: ls, add, rm"),
     "rm": ("lifecycle", "delete VMs and their disks"),

@@ -1,4 +1,4 @@
-"""`set`: vCPUs, memory and CPU shares of a VM, at rest and while it runs."""
+"""`set`: vCPUs, memory, and shares of CPUs and disks of a VM, at rest and while it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from polyvisor.cli.show import describe
 from polyvisor.cli.spec_flags import size_mib, whole
 from polyvisor.host.observed import shown
 from polyvisor.spec.parse import structure
-from polyvisor.spec.resources import SETTINGS, Changes
+from polyvisor.spec.resources import LIMITS, SETTINGS, Changes
 from polyvisor.status import Resized
 
 NONE = "none"
@@ -25,6 +25,8 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         (("--cpu-weight",), "cpu_weight", "N", "share of the host's CPUs where they are scarce; 100 is the usual one"),
         (("--cpu-limit",), "cpu_limit", "PERCENT", "most CPU time in percent of one of the host's CPUs, or none"),
         (("--cpu-affinity",), "cpu_affinity", "CPUS", "CPUs of the host that it runs on, as 0-3,6, or all"),
+        (("--disk-iops-limit",), "disk_iops_limit", "N", "most requests a second of all its disks together, or none"),
+        (("--disk-rate-limit",), "disk_rate_limit_mib", "MIB", "most MiB a second of all its disks together, or none"),
     ):
         parser.add_argument(*flags, dest=dest, metavar=metavar, help=about)
     parser.set_defaults(action=_set)
@@ -53,8 +55,8 @@ def _read(name: str, text: str) -> int | str:
         return text
     if name in ("memory_mib", "memory_max_mib"):
         return size_mib(text, name.removesuffix("_mib"))
-    if name == "cpu_limit":
-        return 0 if text == NONE else max(-1, _whole(name, text)) or -1  # 0 percent is no limit that can be meant
+    if name in LIMITS:
+        return 0 if text == NONE else max(-1, _whole(name, text)) or -1  # 0 is no limit that can be meant
     return _whole(name, text)
 
 

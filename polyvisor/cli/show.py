@@ -10,6 +10,8 @@ from polyvisor.cli.parser import seconds
 from polyvisor.cli.table import age, memory, pairs, table
 from polyvisor.errors import NotFound, one_line
 from polyvisor.host.api import Details
+from polyvisor.host.observed import shown
+from polyvisor.spec.resources import SCHEDULING
 from polyvisor.spec.vm import Nic, VMSpec, check_name, disk_size
 from polyvisor.ssh import READY_S
 from polyvisor.status import Saved, VMState, VMStatus
@@ -185,9 +187,8 @@ def _memory(details: Details) -> str:
 def _share_lines(spec: VMSpec) -> list[tuple[str, str]]:
     """What is not as by default."""
     plain = VMSpec(name=spec.name, image=spec.image)
-    names = ("cpu_weight", "cpu_limit", "cpu_affinity")
-    wanted = {name: getattr(spec, name) for name in names if getattr(spec, name) != getattr(plain, name)}
-    return [(name.replace("_", " "), f"{value}{'%' if name == 'cpu_limit' else ''}") for name, value in wanted.items()]
+    wanted = {name: getattr(spec, name) for name in SCHEDULING if getattr(spec, name) != getattr(plain, name)}
+    return [(name.removesuffix("_mib").replace("_", " "), shown(name, value)) for name, value in wanted.items()]
 
 
 def _saved_lines(saved: Saved | None) -> list[tuple[str, str]]:

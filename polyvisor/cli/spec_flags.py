@@ -17,6 +17,7 @@ from polyvisor.errors import InvalidInput, NotFound, PolyvisorError
 from polyvisor.files import storage_errors
 from polyvisor.spec.forward import parse_forward
 from polyvisor.spec.parse import structure, unstructure
+from polyvisor.spec.resources import LIMITS
 from polyvisor.spec.vm import MAX_USER_DATA, Disk, Nic, VMSpec
 
 _SIZE = re.compile(r"(\d{1,12})(?:\.(\d{1,3}))?\s*(?:([KMGT])(?:i?B)?)?\Z", re.IGNORECASE)
@@ -94,8 +95,9 @@ def _options(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     about: dict[str, Any] = {"help": field.metadata["about"], "default": None}
     if isinstance(kind, type) and issubclass(kind, Enum):
         return {**about, "type": _choice(kind, field.name), "metavar": "|".join(member.value for member in kind)}
-    if kind is int or field.name in ("vcpus_max", "cpu_limit"):
-        return {**about, "type": whole(field.name), "metavar": "PERCENT" if field.name == "cpu_limit" else "N"}
+    if kind is int or field.name in ("vcpus_max", *LIMITS):
+        metavar = {"cpu_limit": "PERCENT", "disk_rate_limit_mib": "MIB"}.get(field.name, "N")
+        return {**about, "type": whole(field.name), "metavar": metavar}
     metavars = {"memory_mib": "SIZE", "memory_max_mib": "SIZE", "disks": "SIZE", "nics": "NETWORK"}
     metavars |= {"labels": "KEY=VALUE", "user_data": "FILE", "cpu_affinity": "CPUS"}
     about["metavar"] = metavars.get(field.name, field.name.removesuffix("s").upper())

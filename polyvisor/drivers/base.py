@@ -105,6 +105,8 @@ class Boot:
     cpu_weight: int = NORMAL_WEIGHT
     cpu_limit: int | None = None
     cpu_affinity: str = ALL_CPUS
+    disk_iops_limit: int | None = None
+    disk_rate_limit_mib: int | None = None
     slots: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -117,6 +119,8 @@ class Boot:
             cpu_weight=self.cpu_weight,
             cpu_limit=self.cpu_limit,
             cpu_affinity=self.cpu_affinity,
+            disk_iops_limit=self.disk_iops_limit,
+            disk_rate_limit_mib=self.disk_rate_limit_mib,
         )
 
 
@@ -293,13 +297,13 @@ class Driver(Protocol):
         command: Command,
         user: int | None,
         template: Template,
-        affinity: str,
+        resources: Resources | None,
         meanwhile: Callable[[], bytes],
         born: Callable[[], None],
         *,
         go: bool,
     ) -> Observed:
-        """Run a `fork_command` on the CPUs of `affinity`, and call `born` once it has all of the memory.
+        """Run a `fork_command` with the shares and limits of `resources`, and call `born` once it has all of the memory.
 
         With `go` it runs then. `meanwhile` is called when its process has begun, and says what its guest is to be told, who
         finds that as soon as it goes on. Raises CannotStart, and what the two raise; then there is no process.
@@ -349,4 +353,4 @@ class Driver(Protocol):
         """
 
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
-        """Put weight, limit and affinity of a VM that is alive in force."""
+        """Put weight, limits and affinity of a VM that is alive in force."""

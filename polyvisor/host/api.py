@@ -260,7 +260,7 @@ class HostApi(Protocol):
         """Remove what has arrived by the move with this `token`, and is held still."""
 
     async def set(self, name: str, changes: Changes) -> Resized:
-        """Change vCPUs, memory and CPU shares: in the spec, and at once where that is possible while the VM is alive.
+        """Change vCPUs, memory, shares of CPUs and disks: in the spec, and at once where that can be while the VM is alive.
 
         Raises WrongState, TimedOut where the guest does not take part, Unsupported, InvalidInput; then nothing has changed.
         """

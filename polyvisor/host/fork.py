@@ -42,7 +42,6 @@ from polyvisor.images.image import Image, Seed
 from polyvisor.images.mapped import mapped_kernel
 from polyvisor.network.ports import with_free_ports
 from polyvisor.operation import Progress, Step
-from polyvisor.spec.cpus import ALL_CPUS
 from polyvisor.spec.forward import parse_forward
 from polyvisor.spec.vm import Mode, Nic, VMSpec
 from polyvisor.status import Forked, VMState, VMStatus
@@ -321,7 +320,6 @@ async def start(
     `kernel` and `initrd` are what the guest boots by from then on, where they are not its own.
     """
     driver, record = host.drivers.qemu, fork.record
-    affinity = source.launch.resources.cpu_affinity if source.launch.resources else ALL_CPUS
 
     async def launch() -> Observed:
         nics = boot_nics(record, None, str(host.home.path))
@@ -355,7 +353,9 @@ async def start(
             return b"" if warm else _told(source, fork)
 
         born = _nothing if warm else _born(fork)
-        return await driver.fork(fork, command, record.user, source.template, affinity, meanwhile, born, go=go)
+        return await driver.fork(
+            fork, command, record.user, source.template, source.launch.resources, meanwhile, born, go=go
+        )
 
     return await with_free_ports(launch)
 

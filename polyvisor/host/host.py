@@ -230,7 +230,7 @@ class Host(Mover, Forker, Snapshotter, DeviceKeeper, Insider, ImageKeeper):
                 await self.drivers.of(vm).kill(vm)
                 return False
             await saved.finish(vm, self.drivers.of(vm))
-        elif vm.record.spec.memory_max_mib:
+        else:
             from polyvisor.host.resize import settle
 
             await settle(vm, self.drivers.of(vm))

@@ -109,4 +109,5 @@ def shown(name: str, value: int | str | None) -> str:
     """The value of a setting for people, with its unit."""
     if value is None:
         return "none"
-    return f"{value}{' MiB' if name.endswith('_mib') else '%' if name == 'cpu_limit' else ''}"
+    units = {"cpu_limit": "%", "disk_iops_limit": " requests a second", "disk_rate_limit_mib": " MiB a second"}
+    return f"{value}{units.get(name, ' MiB' if name.endswith('_mib') else '')}"

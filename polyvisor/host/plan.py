@@ -202,6 +202,8 @@ def check_resources(spec: VMSpec, memory_mib: int, capabilities: Capabilities, t
         ("cpu_weight", wanted.cpu_weight != NORMAL_WEIGHT),
         ("cpu_limit", wanted.cpu_limit is not None),
         ("cpu_affinity", wanted.cpu_affinity != ALL_CPUS),
+        ("disk_iops_limit", wanted.disk_iops_limit is not None),
+        ("disk_rate_limit_mib", wanted.disk_rate_limit_mib is not None),
     ):
         if differs and (reason := capabilities.refusal(key.replace("_", "-"))):
             raise Unsupported(f"{key}: {getattr(wanted, key)}: {reason}", hint=f"leave {key} as it is by default")
@@ -258,6 +260,8 @@ def build_boot(
         cpu_weight=spec.cpu_weight,
         cpu_limit=spec.cpu_limit,
         cpu_affinity=spec.cpu_affinity,
+        disk_iops_limit=spec.disk_iops_limit,
+        disk_rate_limit_mib=spec.disk_rate_limit_mib,
         slots=record.slots or {},
     )
 

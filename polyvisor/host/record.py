@@ -129,6 +129,8 @@ def resources_of(spec: VMSpec, memory_mib: int) -> Resources:
         cpu_weight=spec.cpu_weight,
         cpu_limit=spec.cpu_limit,
         cpu_affinity=spec.cpu_affinity,
+        disk_iops_limit=spec.disk_iops_limit,
+        disk_rate_limit_mib=spec.disk_rate_limit_mib,
     )
 
 

@@ -1,4 +1,4 @@
-"""`set`: vCPUs, memory and CPU shares of a VM, changed in its record and, where that can be, at once.
+"""`set`: vCPUs, memory, and shares of CPUs and disks of a VM, changed in its record and, where that can be, at once.
 
 Everything is checked first. Then the record is written, and then the hypervisor is told, one thing after the other; what it
 was told is noted in the launch record. So a command that was killed leaves a record of what is wanted and a launch record of
@@ -18,14 +18,13 @@ from polyvisor.host.observed import waiting
 from polyvisor.host.plan import choose_accelerator
 from polyvisor.host.record import Launch, Record, resources_of
 from polyvisor.host.store import VMDirectory
-from polyvisor.spec.resources import SETTINGS, Changes, Resources
+from polyvisor.spec.resources import LIMITS, SCHEDULING, SETTINGS, Changes, Resources
 from polyvisor.spec.vm import DeviceModel
 from polyvisor.status import Capabilities, Resized, Usage, VMState, VMStatus
 
 if TYPE_CHECKING:
     from polyvisor.host.host import Host
 
-SCHEDULING = ("cpu_weight", "cpu_limit", "cpu_affinity")
 NO_BALLOON = dict.fromkeys(("memory-add", "memory-remove"), "emulated devices have no balloon")
 NO_ROOM = "it was started with room for {most}"
 
@@ -40,8 +39,7 @@ def changed(record: Record, changes: Changes) -> Record:
     values = {name: getattr(changes, name) for name in asked(changes)}
     if not values:
         raise InvalidInput("changes", "", "nothing is to change", hint="name a setting, as --vcpus 2")
-    if values.get("cpu_limit") == 0:
-        values["cpu_limit"] = None
+    values |= {name: None for name in LIMITS if values.get(name) == 0}
     spec = replace(record.spec, **values)
     return replace(record, spec=spec, memory_mib=spec.memory_mib or record.memory_mib)
 
@@ -189,9 +187,12 @@ async def _require(vm: VMDirectory, driver: Driver, acts: list[str]) -> None:
 
 
 async def settle(vm: VMDirectory, driver: Driver) -> None:
-    """Finish a start that was cut off before the guest was told how much of its memory it is to have."""
+    """Finish a start that was cut off before its last steps: how fast the disks are, and how much memory the guest has."""
     launch = vm.launch()
     given = launch.resources if launch else None
+    if given is not None and given.limits_disks:
+        with contextlib.suppress(PolyvisorError):
+            await driver.set_scheduling(vm, given)
     if given is not None and given.memory_mib < given.memory_max_mib:
         with contextlib.suppress(PolyvisorError):
             await driver.set_memory(vm, given.memory_mib, wait=False)

@@ -1,4 +1,4 @@
-"""vCPUs, memory and CPU shares of a VM: with every choice made, and as changes that are asked for."""
+"""vCPUs, memory, and shares of CPUs and disks of a VM: with every choice made, and as changes that are asked for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ class Resources:
     cpu_weight: int = NORMAL_WEIGHT
     cpu_limit: int | None = None
     cpu_affinity: str = ALL_CPUS
+    disk_iops_limit: int | None = None
+    disk_rate_limit_mib: int | None = None
+
+    @property
+    def limits_disks(self) -> bool:
+        """Whether the disks are slower than they could be."""
+        return self.disk_iops_limit is not None or self.disk_rate_limit_mib is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What is to change; None leaves a setting as it is. `cpu_limit` 0 lifts the limit."""
+    """What is to change; None leaves a setting as it is. 0 lifts one of `LIMITS`."""
 
     vcpus: int | None = None
     vcpus_max: int | None = None
@@ -32,6 +39,10 @@ class Changes:
     cpu_weight: int | None = None
     cpu_limit: int | None = None
     cpu_affinity: str | None = None
+    disk_iops_limit: int | None = None
+    disk_rate_limit_mib: int | None = None
 
 
-SETTINGS = ("vcpus", "vcpus_max", "memory_mib", "memory_max_mib", "cpu_weight", "cpu_limit", "cpu_affinity")
+LIMITS = ("cpu_limit", "disk_iops_limit", "disk_rate_limit_mib")
+SCHEDULING = ("cpu_weight", "cpu_affinity", *LIMITS)
+SETTINGS = ("vcpus", "vcpus_max", "memory_mib", "memory_max_mib", *SCHEDULING)

@@ -22,6 +22,8 @@ MIN_MEMORY_MIB = 16
 MAX_MEMORY_MIB = 16 << 20
 MAX_WEIGHT = 10_000
 MAX_LIMIT = 100 * MAX_VCPUS
+MAX_IOPS = 10_000_000
+MAX_RATE_MIB = 1 << 20
 MAX_DISK_GIB = 64 << 10
 MAX_DISKS = 16
 MAX_NICS = 8
@@ -169,6 +171,18 @@ class VMSpec:
     cpu_affinity: str = field(
         default=ALL_CPUS, metadata=setting("CPUs of the host that it runs on, as 0-3,6; by default all")
     )
+    disk_iops_limit: int | None = field(
+        default=None,
+        metadata=setting("most requests a second, reads and writes, of all its disks together; by default no limit"),
+    )
+    disk_rate_limit_mib: int | None = field(
+        default=None,
+        metadata=setting(
+            "most MiB a second, read and written, of all its disks together; by default no limit",
+            flag="--disk-rate-limit",
+            unit="MiB/s",
+        ),
+    )
     hypervisor: Hypervisor = field(default=Hypervisor.AUTO, metadata=setting("auto, kvm, xen or tcg"))
     mode: Mode = field(
         default=Mode.AUTO,
@@ -221,6 +235,10 @@ class VMSpec:
         _check_range("cpu_weight", self.cpu_weight, 1, MAX_WEIGHT, "")
         if self.cpu_limit is not None:
             _check_range("cpu_limit", self.cpu_limit, 1, MAX_LIMIT, "percent of one CPU")
+        if self.disk_iops_limit is not None:
+            _check_range("disk_iops_limit", self.disk_iops_limit, 1, MAX_IOPS, "requests a second")
+        if self.disk_rate_limit_mib is not None:
+            _check_range("disk_rate_limit_mib", self.disk_rate_limit_mib, 1, MAX_RATE_MIB, "MiB a second")
         if self.cpu_affinity != ALL_CPUS:
             parse_cpus(self.cpu_affinity)
 

@@ -12,7 +12,7 @@ import pytest
 from polyvisor.errors import InvalidInput, NotFound, TimedOut, WrongState
 from polyvisor.host.api import HostApi
 from polyvisor.spec.resources import Changes
-from polyvisor.spec.vm import VMSpec
+from polyvisor.spec.vm import Disk, VMSpec
 from polyvisor.status import VMState
 from tests.contract.guest import BOOT_S, guest, needs
 
@@ -192,3 +192,36 @@ async def test_weight_and_limit(api: HostApi, spec: VMSpec) -> None:
     shown = (await api.show(spec.name)).spec
     assert (shown.cpu_weight, shown.cpu_limit) == (300, None)
     await api.remove(spec.name, force=True)
+
+
+async def test_disks_are_no_faster_than_they_may_be(api: HostApi, spec: VMSpec) -> None:
+    """All disks share one limit, which a guest keeps that is saved, or forked, and goes on."""
+    await needs(api, "disk-rate-limit-mib")
+    await needs(api, "disk-iops-limit")
+    await api.run(replace(spec, disks=(Disk(size_gib=1),), disk_rate_limit_mib=4))
+    await api.wait_for_ssh(spec.name, timeout_s=BOOT_S)
+    assert await reading(api, spec.name, mib=8) > 1.5
+    resized = await api.set(spec.name, Changes(disk_rate_limit_mib=0))
+    assert (resized.applied, resized.pending) == (("disk_rate_limit_mib",), ())
+    assert await reading(api, spec.name, mib=160) < 30, "it would take 40 s"
+    await api.disk_add(spec.name, 1)
+    assert (await api.set(spec.name, Changes(disk_iops_limit=32))).applied == ("disk_iops_limit",)
+    assert await reading(api, spec.name, mib=8, disk="vdb") > 1.5, "64 requests"
+    await api.save(spec.name)
+    await api.start(spec.name)
+    assert await reading(api, spec.name, mib=8) > 1.5
+    await api.fork(spec.name, ["copy"])
+    await api.wait_for_ssh("copy", timeout_s=BOOT_S)
+    assert await reading(api, "copy", mib=8) > 1.5
+    details = await api.show("copy")
+    assert (details.spec.disk_iops_limit, details.spec.disk_rate_limit_mib, details.pending) == (32, None, ())
+    for name in (spec.name, "copy"):
+        await api.remove(name, force=True)
+
+
+async def reading(api: HostApi, name: str, *, mib: int, disk: str = "vda") -> float:
+    """How many seconds a guest takes to read so much of a disk, 128 KiB at a time."""
+    await guest(api, name, f"until [ -b /dev/{disk} ]; do sleep 0.1; done; echo 3 > /proc/sys/vm/drop_caches")
+    begun = time.monotonic()
+    assert await guest(api, name, f"dd if=/dev/{disk} of=/dev/null bs=128k count={mib * 8} && echo done") == "done"
+    return time.monotonic() - begun

@@ -93,6 +93,8 @@ def test_what_is_no_list_of_cpus(text: str) -> None:
         ({"cpu_weight": 10_001}, "out of range"),
         ({"cpu_limit": 0}, "cpu_limit: 0: is out of range"),
         ({"cpu_limit": 25_501}, "out of range"),
+        ({"disk_iops_limit": 0}, "disk_iops_limit: 0: is out of range"),
+        ({"disk_rate_limit_mib": 1 << 21}, "disk_rate_limit_mib: 2097152: is out of range"),
     ],
 )
 def test_what_can_not_be_meant(values: dict[str, int], problem: str) -> None:
@@ -128,6 +130,7 @@ def test_what_a_host_can_not_give(values: dict[str, Any], error: type[PolyvisorE
 
 def test_what_a_host_can_give() -> None:
     check_resources(spec(cpu_affinity="0,3", memory_max_mib=1024), 256, QEMU, 1024)
+    check_resources(spec(disk_iops_limit=50, disk_rate_limit_mib=5), 256, QEMU, 1024)
     check_resources(spec(cpu_limit=50, cpu_weight=50), 256, XEN, 1024)
     check_resources(spec(devices=DeviceModel.EMULATED, memory_max_mib=256), 256, QEMU, 1024)
 
@@ -148,6 +151,8 @@ def test_what_a_host_can_give() -> None:
         (XEN, "xen", "pvh", {"vcpus": 1, "cpu_weight": 5, "cpu_limit": 20, "cpu_affinity": "1"}, {}),
         (XEN, "xen", "hvm", {"vcpus": 1}, {"vcpus": "HVM"}),
         (XEN, "xen", "hvm", {"vcpus": 4}, {}),
+        (QEMU, "tcg", "hvm", {"disk_iops_limit": 5, "disk_rate_limit_mib": 5}, {}),
+        (XEN, "xen", "pv", {"disk_iops_limit": 5}, {"disk_iops_limit": "xl can't limit"}),
     ],
 )
 def test_what_waits_and_why(
@@ -197,9 +202,22 @@ def test_flags() -> None:
         cpu_weight=5, cpu_limit=50, cpu_affinity="0-1"
     )
     assert changed(record(cpu_limit=5), flags("--cpu-limit", "none")).spec.cpu_limit is None
+    given = flags("--disk-iops-limit", "none", "--disk-rate-limit", "7")
+    slow = changed(record(disk_iops_limit=5), given).spec
+    assert (slow.disk_iops_limit, slow.disk_rate_limit_mib) == (None, 7)
 
 
-@pytest.mark.parametrize("words", [("--cpu-limit", "0"), ("--cpu-limit", "x"), ("--vcpus", "many"), ("-m", "1K")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--cpu-limit", "0"),
+        ("--cpu-limit", "x"),
+        ("--disk-rate-limit", "0"),
+        ("--disk-iops-limit", "x"),
+        ("--vcpus", "many"),
+        ("-m", "1K"),
+    ],
+)
 def test_flags_that_can_not_be_meant(words: tuple[str, ...]) -> None:
     with pytest.raises(InvalidInput):
         changed(record(), flags(*words))
@@ -289,6 +307,12 @@ async def test_a_running_vm_is_changed_at_once_and_repeating_is_no_harm(host: Ho
     made, given = read(host)
     assert (made.vcpus, made.memory_mib, made.cpu_affinity) == (3, 300, "0")
     assert given == replace(GIVEN, vcpus=3, memory_mib=300, cpu_affinity="0")
+
+
+async def test_a_start_that_was_cut_off_is_finished(host: Host, driver: Refusing) -> None:
+    host.store.directory("a").write_launch(replace(LAUNCH, resources=replace(GIVEN, disk_iops_limit=5)))
+    await host.start("a")
+    assert driver.told == ["affinity all", "target 256"]
 
 
 @pytest.mark.parametrize("dies", [False, True])

@@ -148,6 +148,9 @@ class QemuDriver:
         with started(vm, command, user, boot.cpu_affinity) as process:
             meanwhile()
             await answer(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
+            if boot.resources.limits_disks:
+                async with self._monitor(vm) as monitor:
+                    await _throttle(monitor, boot.resources)
             if boot.memory_mib < boot.resources.memory_max_mib:
                 from polyvisor.drivers.qemu.resize import ask_for_memory
 
@@ -191,11 +194,12 @@ class QemuDriver:
         from polyvisor.drivers.qemu.migration import read_memory
 
         launch = vm.launch()
-        affinity = launch.resources.cpu_affinity if launch and launch.resources else ALL_CPUS
-        with started(vm, command, user, affinity) as process:
+        resources = launch.resources if launch else None
+        with started(vm, command, user, _affinity(resources)) as process:
             async with connected(
                 vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
             ) as monitor:
+                await _throttle(monitor, resources)
                 await read_memory(monitor, file, os.fstat(file).st_size, progress)
         return Observed(state=VMState.PAUSED, pid=process.pid)
 
@@ -236,7 +240,7 @@ class QemuDriver:
         command: Command,
         user: int | None,
         template: Template,
-        affinity: str,
+        resources: Resources | None,
         meanwhile: Callable[[], bytes],
         born: Callable[[], None],
         *,
@@ -249,11 +253,12 @@ class QemuDriver:
             tell(vm, told)
             born()
 
-        with started(vm, command, user, affinity, inherit=(template.memory,)) as process:
+        with started(vm, command, user, _affinity(resources), inherit=(template.memory,)) as process:
             told = meanwhile()
             async with connected(
                 vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None
             ) as monitor:
+                await _throttle(monitor, resources)
                 await begin(monitor, template, ready, go=go)
         return Observed(state=VMState.RUNNING if go else VMState.PAUSED, pid=process.pid)
 
@@ -378,6 +383,8 @@ class QemuDriver:
 
         async with self._monitor(vm) as monitor:
             await attach(monitor, device, slots)
+            if isinstance(device, BootDisk) and (launch := vm.launch()):
+                await _throttle(monitor, launch.resources)
 
     async def detach(self, vm: VMDirectory, name: str) -> None:
         from polyvisor.drivers.qemu.hotplug import detach
@@ -436,9 +443,12 @@ class QemuDriver:
 
     async def set_scheduling(self, vm: VMDirectory, resources: Resources) -> None:
         from polyvisor.drivers.qemu.affinity import pin
+        from polyvisor.drivers.qemu.throttle import throttle
 
         for pid in lock_holders(vm):
             pin(pid, resources.cpu_affinity)
+        async with self._monitor(vm) as monitor:
+            await throttle(monitor, resources)
 
     @contextlib.asynccontextmanager
     async def _monitor(
@@ -457,6 +467,18 @@ def host_cpus() -> str:
         return Path("/sys/devices/system/cpu/online").read_text().strip()
     except OSError:
         return ""
+
+
+def _affinity(resources: Resources | None) -> str:
+    return resources.cpu_affinity if resources else ALL_CPUS
+
+
+async def _throttle(monitor: Monitor, resources: Resources | None) -> None:
+    """Put the limits of a new process' disks in force, where there are any."""
+    if resources is not None and resources.limits_disks:
+        from polyvisor.drivers.qemu.throttle import throttle
+
+        await throttle(monitor, resources)
 
 
 async def _is_down(monitor: Monitor) -> bool:

@@ -350,7 +350,7 @@ class XenDriver:
         command: Command,
         user: int | None,
         template: Template,
-        affinity: str,
+        resources: Resources | None,
         meanwhile: Callable[[], bytes],
         born: Callable[[], None],
         *,

@@ -10,6 +10,7 @@ from polyvisor.network.bridge import missing_programs
 from polyvisor.status import Accelerator, Capabilities
 
 _AT_A_START = "VMs that run on Xen can't get or lose {what} yet"
+_NO_DISK_LIMITS = "xl can't limit what Xen's QEMU does for a guest's disks"
 MISSING = {
     "fork": "Xen can't start a guest from another one's memory by way of its tools",
     "snapshot-live": "disks of VMs that run on Xen can't be frozen: stop the VM first",
@@ -18,6 +19,8 @@ MISSING = {
     "disk-add": _AT_A_START.format(what="disks"),
     "disk-remove": _AT_A_START.format(what="disks"),
     "disk-grow": "disks of VMs that run on Xen can't grow yet",
+    "disk-iops-limit": _NO_DISK_LIMITS,
+    "disk-rate-limit-mib": _NO_DISK_LIMITS,
     "nic-add": _AT_A_START.format(what="network cards"),
     "nic-remove": _AT_A_START.format(what="network cards"),
     "nested": "guests of Xen can't run VMs",
