@@ -564,4 +564,5 @@ def test_guest_shuts_down_though_stop_is_killed(polyvisor: Polyvisor) -> None:
 def walked(verb: str, steps: int, *, at_least: int) -> None:
     """Say how many steps a walk took; far fewer than there are would mean that the launcher misses them."""
     print(f"crash points walked: {verb}: {steps}")
+    at_least = max(1, at_least)  # where few of the steps are walked
     assert at_least <= steps <= 5 * at_least

@@ -97,7 +97,7 @@ def walk_disk_add(homes: list[Launcher]) -> None:
         assert files(launcher) == {"disk0.qcow2"}
         return done
 
-    walked("disk add", Walk(homes, step, every=FEW).walk(), at_least=max(1, 25 // FEW))
+    walked("disk add", Walk(homes, step, every=FEW).walk(), at_least=25 // FEW)
 
 
 def walk_disk_remove(homes: list[Launcher]) -> None:
@@ -114,7 +114,7 @@ def walk_disk_remove(homes: list[Launcher]) -> None:
         assert_whole(launcher)
         return done
 
-    walked("disk rm", Walk(homes, step, first=min(8, FEW), every=FEW).walk(), at_least=max(1, 20 // FEW))
+    walked("disk rm", Walk(homes, step, first=min(8, FEW), every=FEW).walk(), at_least=20 // FEW)
     for launcher in homes:
         asyncio.run(launcher.host().disk_add("vm", 2, disk="disk2"))
         assert files(launcher) == {"disk0.qcow2", "disk2.qcow2"}, "what was cut off is tidied by what comes next"
@@ -132,7 +132,7 @@ def walk_disk_grow(homes: list[Launcher]) -> None:
         assert virtual_size(launcher.home / "vms/vm/disks/disk0.qcow2") == size * _GIB
         return done
 
-    walked("disk grow", Walk(homes, step, first=min(6, FEW), every=FEW).walk(), at_least=max(1, 15 // FEW))
+    walked("disk grow", Walk(homes, step, first=min(6, FEW), every=FEW).walk(), at_least=15 // FEW)
 
 
 def walk_cards(homes: list[Launcher]) -> None:
@@ -154,7 +154,7 @@ def walk_cards(homes: list[Launcher]) -> None:
         assert_whole(launcher)
         return added if added.killed else removed
 
-    walked("nic add, nic rm", Walk(homes, step, first=min(12, FEW), every=FEW).walk(), at_least=max(1, 20 // FEW))
+    walked("nic add, nic rm", Walk(homes, step, first=min(12, FEW), every=FEW).walk(), at_least=20 // FEW)
 
 
 def test_while_it_runs(homes: list[Launcher]) -> None:
@@ -184,7 +184,7 @@ def test_at_rest(launchers: list[Launcher]) -> None:
         assert sizes(launcher) == {"disk0": 1}
         return done
 
-    walked("disk, at rest", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 10 // EVERY))
+    walked("disk, at rest", Walk(launchers, step, every=EVERY).walk(), at_least=10 // EVERY)
     for launcher in launchers:
         asyncio.run(launcher.host().start("vm"))
         assert files(launcher) == {"disk0.qcow2"}
@@ -207,6 +207,6 @@ def test_storage_fails(homes: list[Launcher]) -> None:
         asyncio.run(launcher.host().disk_remove("vm", "disk1", force=True))
         return done
 
-    walked("disk add, ENOSPC", Walk(homes, step, every=EVERY).walk(), at_least=max(1, 5 // EVERY))
+    walked("disk add, ENOSPC", Walk(homes, step, every=EVERY).walk(), at_least=5 // EVERY)
     for launcher in homes:
         remove(launcher)

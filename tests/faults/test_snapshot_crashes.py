@@ -144,7 +144,7 @@ def test_create_of_a_running_vm(launchers: list[Launcher], memory: bool) -> None
         assert_no_waste(launcher)
         return done
 
-    walked(f"snapshot create {flag}", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 50 // EVERY))
+    walked(f"snapshot create {flag}", Walk(launchers, step, every=EVERY).walk(), at_least=50 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -169,7 +169,7 @@ def test_create_of_a_stopped_vm(launchers: list[Launcher]) -> None:
         assert_no_waste(launcher)
         return done
 
-    walked("snapshot create", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 35 // EVERY))
+    walked("snapshot create", Walk(launchers, step, every=EVERY).walk(), at_least=35 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -201,7 +201,7 @@ def test_revert(launchers: list[Launcher], again: str) -> None:
         assert_no_waste(launcher)
         return done
 
-    walked(f"snapshot revert, then {again}", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 30 // EVERY))
+    walked(f"snapshot revert, then {again}", Walk(launchers, step, every=EVERY).walk(), at_least=30 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -226,7 +226,7 @@ def test_remove(launchers: list[Launcher]) -> None:
         launcher.good("snapshot", "rm", "vm", "a", "c")
         return done
 
-    walked("snapshot rm", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 18 // EVERY))
+    walked("snapshot rm", Walk(launchers, step, every=EVERY).walk(), at_least=18 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -251,7 +251,7 @@ def test_clone(launchers: list[Launcher], flags: tuple[str, ...]) -> None:
         assert_no_waste(launcher)
         return done
 
-    walked(f"clone {' '.join(flags)}", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 35 // EVERY))
+    walked(f"clone {' '.join(flags)}", Walk(launchers, step, every=EVERY).walk(), at_least=35 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -271,7 +271,7 @@ def test_import(launchers: list[Launcher]) -> None:
         launcher.good("rm", "copy")
         return done
 
-    walked("import", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 25 // EVERY))
+    walked("import", Walk(launchers, step, every=EVERY).walk(), at_least=25 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
@@ -298,7 +298,7 @@ def test_storage_fails(launchers: list[Launcher], fault: str) -> None:
         assert_no_waste(launcher)
         return done
 
-    walked(f"snapshot create, {fault}", Walk(launchers, step, every=EVERY).walk(), at_least=max(1, 9 // EVERY))
+    walked(f"snapshot create, {fault}", Walk(launchers, step, every=EVERY).walk(), at_least=9 // EVERY)
     for launcher in launchers:
         remove(launcher)
 
