@@ -148,14 +148,15 @@ class QemuDriver:
         with started(vm, command, user, boot.cpu_affinity) as process:
             meanwhile()
             await answer(vm.path / QMP_SOCKET, timeout_s=START_S, gone=lambda: process.poll() is not None)
-            if boot.resources.limits_disks:
-                async with self._monitor(vm) as monitor:
-                    await _throttle(monitor, boot.resources)
-            if boot.memory_mib < boot.resources.memory_max_mib:
+            resources = boot.resources
+            ballooned = resources.memory_mib < resources.memory_max_mib
+            if resources.limits_disks or ballooned:
                 from polyvisor.drivers.qemu.resize import ask_for_memory
 
                 async with self._monitor(vm) as monitor:
-                    await ask_for_memory(monitor, boot.memory_mib)
+                    await _throttle(monitor, resources)
+                    if ballooned:
+                        await ask_for_memory(monitor, resources.memory_mib)
         return Observed(state=VMState.RUNNING, pid=process.pid)
 
     async def save(self, vm: VMDirectory, file: int, progress: Progress) -> str:
